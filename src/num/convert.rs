@@ -1,0 +1,90 @@
+//! Slices of codes from and to f32, bf16 and f16.
+#![forbid(unsafe_code)]
+
+use super::fp8::Fp8;
+use super::format::Overflow;
+use crate::error::{Result, length};
+use half::{bf16, f16};
+
+/// A plain floating-point type that activations and outputs come in: `f32`, [`bf16`] or [`f16`].
+///
+/// Sealed: kernels are written for these three.
+pub trait Real: Copy + Send + Sync + Default + std::fmt::Debug + sealed::Sealed + 'static {
+    /// Name as the field writes it.
+    const NAME: &'static str;
+    /// The value, exactly.
+    fn to_f32(self) -> f32;
+    /// Nearest value, ties to even; NaN stays NaN.
+    fn from_f32(x: f32) -> Self;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for half::f16 {}
+}
+
+macro_rules! real {
+    ($t:ty, $name:literal, $to:expr, $from:expr) => {
+        impl Real for $t {
+            const NAME: &'static str = $name;
+            #[inline]
+            fn to_f32(self) -> f32 {
+                $to(self)
+            }
+            #[inline]
+            fn from_f32(x: f32) -> Self {
+                $from(x)
+            }
+        }
+    };
+}
+real!(f32, "f32", std::convert::identity, std::convert::identity);
+real!(bf16, "bf16", bf16::to_f32, bf16::from_f32);
+real!(f16, "f16", f16::to_f32, f16::from_f32);
+
+/// Codes of `format` to values. Every FP8 value is exact in f32, bf16 and f16.
+///
+/// # Errors
+/// [`Error::Length`](crate::Error::Length) if the slices differ in length.
+pub fn decode_slice<T: Real>(format: Fp8, codes: &[u8], out: &mut [T]) -> Result<()> {
+    length("decode output", out.len(), codes.len())?;
+    let values = format.values();
+    for (y, &code) in out.iter_mut().zip(codes) {
+        *y = T::from_f32(values[code as usize]);
+    }
+    Ok(())
+}
+
+/// Values to the nearest codes of `format`, ties to even, each rounded once from its exact source value.
+///
+/// # Errors
+/// [`Error::Length`](crate::Error::Length) if the slices differ in length.
+pub fn encode_slice<T: Real>(format: Fp8, x: &[T], overflow: Overflow, codes: &mut [u8]) -> Result<()> {
+    length("encode output", codes.len(), x.len())?;
+    let facts = format.format();
+    for (code, &x) in codes.iter_mut().zip(x) {
+        *code = facts.encode(x.to_f32(), overflow);
+    }
+    Ok(())
+}
+
+/// The bf16 nearest `x`, ties to even, rounded once.
+///
+/// Going through f32 would round twice; f32 rounded *to odd* keeps what the second rounding needs to know.
+pub fn bf16_from_f64(x: f64) -> bf16 {
+    let y = x as f32;
+    if f64::from(y) == x || !y.is_finite() {
+        return bf16::from_f32(y);
+    }
+    // `y` is one of x's two neighbours in f32: take the one whose last bit is set.
+    let odd = if y.to_bits() & 1 == 1 {
+        y
+    } else if (f64::from(y) < x) == (x > 0.0) {
+        f32::from_bits(y.to_bits() + 1)
+    } else {
+        f32::from_bits(y.to_bits() - 1)
+    };
+    bf16::from_f32(odd)
+}

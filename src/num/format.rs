@@ -1,0 +1,202 @@
+//! The engine: decode and encode any small float from five facts.
+#![forbid(unsafe_code)]
+
+/// Which codes are not finite numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Specials {
+    /// None: every code is a finite number (FP4, FP6).
+    None,
+    /// Only the all-ones magnitude is NaN; there is no infinity (the OCP "FN" formats).
+    NanOnly,
+    /// As IEEE 754: the top exponent holds infinity and NaN.
+    Ieee,
+}
+
+/// What becomes of a value too large for the format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overflow {
+    /// Finite overflow and infinities become the largest finite value of that sign.
+    Saturate,
+    /// Rounding alone decides: overflow becomes infinity, or NaN where the format has no infinity. Formats with neither
+    /// saturate.
+    NonSaturating,
+}
+
+/// A small float format: sign bit, `exponent_bits`, `mantissa_bits`, from high to low.
+///
+/// Value of a code with sign `s`, exponent field `e`, mantissa field `m` (`M` bits), bias `b`: `(-1)^s m 2^(1-b-M)` if
+/// `e == 0`, else `(-1)^s (1 + m/2^M) 2^(e-b)`, but for the codes [`Specials`] takes away. Source: OCP MX v1.0 and OFP8
+/// v1.0; E4M3 "IEEE" and E3M4 as ml_dtypes and XLA define them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Format {
+    /// Name as the field writes it.
+    pub name: &'static str,
+    /// Bits of the exponent field.
+    pub exponent_bits: u32,
+    /// Bits of the mantissa field.
+    pub mantissa_bits: u32,
+    /// Exponent bias.
+    pub bias: i32,
+    /// Codes that are not finite.
+    pub specials: Specials,
+}
+
+impl Format {
+    /// OCP FP8 E4M3 ("FN": finite and NaN only), max 448.
+    pub const E4M3FN: Format = Format::new("E4M3FN", 4, 3, 7, Specials::NanOnly);
+    /// E4M3 with infinities, max 240: the FP8_EXP4 of Trainium1 and Trainium2.
+    pub const E4M3_IEEE: Format = Format::new("E4M3 IEEE", 4, 3, 7, Specials::Ieee);
+    /// OCP FP8 E5M2, max 57344.
+    pub const E5M2: Format = Format::new("E5M2", 5, 2, 15, Specials::Ieee);
+    /// E3M4 with infinities, max 15.5.
+    pub const E3M4: Format = Format::new("E3M4", 3, 4, 3, Specials::Ieee);
+    /// OCP FP4 E2M1, max 6.
+    pub const E2M1: Format = Format::new("E2M1", 2, 1, 1, Specials::None);
+    /// OCP FP6 E2M3, max 7.5.
+    pub const E2M3: Format = Format::new("E2M3", 2, 3, 1, Specials::None);
+    /// OCP FP6 E3M2, max 28.
+    pub const E3M2: Format = Format::new("E3M2", 3, 2, 3, Specials::None);
+
+    const fn new(name: &'static str, exponent_bits: u32, mantissa_bits: u32, bias: i32, specials: Specials) -> Self {
+        Format { name, exponent_bits, mantissa_bits, bias, specials }
+    }
+
+    /// Mask of the magnitude bits of a code.
+    const fn magnitude(self) -> u32 {
+        (1 << (self.exponent_bits + self.mantissa_bits)) - 1
+    }
+
+    /// Sign bit of a code.
+    pub const fn sign_bit(self) -> u8 {
+        1 << (self.exponent_bits + self.mantissa_bits)
+    }
+
+    /// Code of positive infinity, if there is one.
+    pub const fn infinity(self) -> Option<u8> {
+        match self.specials {
+            Specials::Ieee => Some((((1 << self.exponent_bits) - 1) << self.mantissa_bits) as u8),
+            _ => None,
+        }
+    }
+
+    /// Code of the positive quiet NaN, if there is one.
+    pub const fn nan(self) -> Option<u8> {
+        match self.specials {
+            Specials::None => None,
+            Specials::NanOnly => Some(self.magnitude() as u8),
+            Specials::Ieee => {
+                Some((((1 << self.exponent_bits) - 1) << self.mantissa_bits | 1 << (self.mantissa_bits - 1)) as u8)
+            }
+        }
+    }
+
+    /// Code of the largest finite value.
+    pub const fn max_code(self) -> u8 {
+        match self.specials {
+            Specials::None => self.magnitude() as u8,
+            Specials::NanOnly => self.magnitude() as u8 - 1,
+            Specials::Ieee => ((((1 << self.exponent_bits) - 1) << self.mantissa_bits) - 1) as u8,
+        }
+    }
+
+    /// Largest finite value.
+    pub const fn max(self) -> f32 {
+        self.decode(self.max_code())
+    }
+
+    /// Exponent of the largest finite value: `floor(log2(max))`.
+    pub const fn emax(self) -> i32 {
+        (self.max_code() as i32 >> self.mantissa_bits) - self.bias
+    }
+
+    /// The exact value of `code`; bits above the format's width are ignored.
+    pub const fn decode(self, code: u8) -> f32 {
+        let magnitude = code as u32 & self.magnitude();
+        let sign = (((code & self.sign_bit()) != 0) as u32) << 31;
+        match self.specials {
+            Specials::NanOnly if magnitude == self.magnitude() => return f32::from_bits(sign | 0x7FC0_0000),
+            Specials::Ieee if magnitude > self.max_code() as u32 => {
+                let nan = magnitude > self.max_code() as u32 + 1;
+                return f32::from_bits(sign | 0x7F80_0000 | ((nan as u32) << 22));
+            }
+            _ => {}
+        }
+        let exponent = (magnitude >> self.mantissa_bits) as i32;
+        let mantissa = magnitude & ((1 << self.mantissa_bits) - 1);
+        // Both factors are exact and no product leaves f32's normal range: the widest format here reaches 2^-16 and 2^15.
+        let (integer, power) = if exponent == 0 {
+            (mantissa, 1 - self.bias - self.mantissa_bits as i32)
+        } else {
+            (mantissa | 1 << self.mantissa_bits, exponent - self.bias - self.mantissa_bits as i32)
+        };
+        let value = integer as f32 * f32::from_bits(((power + 127) as u32) << 23);
+        f32::from_bits(sign | value.to_bits())
+    }
+
+    /// The code nearest `x`, ties to the even code, rounded once from the exact value of `x`.
+    ///
+    /// The sign is kept, also of results that round to zero. NaN gives NaN where the format has one; FP4 and FP6 have none and
+    /// give +0: whoever encodes blocks must look for NaN first (facts: libraries disagree, so this crate's quantizers turn the
+    /// whole block into NaN instead).
+    pub const fn encode(self, x: f32, overflow: Overflow) -> u8 {
+        let bits = x.to_bits();
+        let sign = if bits >> 31 != 0 { self.sign_bit() } else { 0 };
+        let magnitude = bits & 0x7FFF_FFFF;
+        if magnitude > 0x7F80_0000 {
+            return match self.nan() {
+                Some(nan) => nan | sign,
+                None => 0,
+            };
+        }
+        let code = self.round(magnitude);
+        let max = self.max_code() as u32;
+        let code = if code <= max {
+            code
+        } else {
+            match (overflow, self.infinity(), self.nan()) {
+                (Overflow::NonSaturating, Some(infinity), _) => infinity as u32,
+                (Overflow::NonSaturating, None, Some(nan)) => nan as u32,
+                _ => max,
+            }
+        };
+        code as u8 | sign
+    }
+
+    /// Rounds the non-negative, non-NaN f32 with these bits to a code as if exponents had no end.
+    const fn round(self, magnitude: u32) -> u32 {
+        let field = (magnitude >> 23) as i32;
+        if field == 0 {
+            // Zero or an f32 subnormal: far below half of any format's smallest value (2^-17 at least).
+            return 0;
+        }
+        let exponent = field - 127;
+        let significand = magnitude & 0x7F_FFFF | 0x80_0000;
+        let min_exponent = 1 - self.bias;
+        let below = if exponent < min_exponent { (min_exponent - exponent) as u32 } else { 0 };
+        let shift = 23 - self.mantissa_bits + below;
+        if shift > 24 {
+            return 0;
+        }
+        let kept = significand >> shift;
+        let rest = significand & ((1 << shift) - 1);
+        let half = 1 << (shift - 1);
+        let rounded = kept + (rest > half || (rest == half && kept & 1 == 1)) as u32;
+        // A carry out of the mantissa moves into the exponent by itself.
+        if below > 0 {
+            rounded
+        } else {
+            (((exponent - min_exponent) as u32) << self.mantissa_bits) + rounded
+        }
+    }
+}
+
+/// The values of all codes of an 8-bit format.
+pub(crate) const fn table(format: Format) -> [f32; 256] {
+    let mut values = [0.0; 256];
+    let mut code = 0;
+    while code < 256 {
+        values[code] = format.decode(code as u8);
+        code += 1;
+    }
+    values
+}

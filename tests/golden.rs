@@ -1,0 +1,3 @@
+//! Every golden file, case by case from its manifest; `TRN_KERNELS_GOLDEN` names another directory with the same files.
+
+mod support;
