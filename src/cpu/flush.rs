@@ -1,0 +1,73 @@
+//! When no subnormal can arise, so that the flush to zero need not be looked for.
+#![forbid(unsafe_code)]
+
+/// Exponents of the smallest non-zero magnitude seen: what [`flush_free`] needs to know of an operand.
+///
+/// Proof. Let every non-zero element of one operand be a multiple of `2^p` and of the other a multiple of `2^q`. Each product
+/// is a multiple of `2^(p+q)`, and so is every exact sum of them. Rounding to 24 bits keeps a multiple of `2^(p+q)` one (it only
+/// moves to a coarser grid). So by induction every chain, their sum and the accumulator hold zero or at least `2^(p+q)` in
+/// magnitude: with `p + q >= -126` nothing subnormal but zero ever appears, and flushing is the identity.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Smallest {
+    /// Smallest non-zero magnitude; infinity if there is none.
+    magnitude: f32,
+    /// Bits after the leading one that elements can have.
+    mantissa_bits: i32,
+}
+
+impl Smallest {
+    /// Nothing seen yet, of elements exact in bf16.
+    pub(crate) const BF16: Smallest = Smallest { magnitude: f32::INFINITY, mantissa_bits: 7 };
+    /// Nothing seen yet, of arbitrary f32 elements.
+    pub(crate) const F32: Smallest = Smallest { magnitude: f32::INFINITY, mantissa_bits: 23 };
+
+    /// Takes in more elements. NaN and infinities do not matter: they never become subnormal.
+    pub(crate) fn see(&mut self, values: &[f32]) {
+        let smallest = values.iter().fold(f32::INFINITY, |s, &v| if v != 0.0 { s.min(v.abs()) } else { s });
+        self.magnitude = self.magnitude.min(smallest);
+    }
+
+    /// Takes in what another has seen.
+    pub(crate) fn merge(self, other: Smallest) -> Smallest {
+        Smallest {
+            magnitude: self.magnitude.min(other.magnitude),
+            mantissa_bits: self.mantissa_bits.max(other.mantissa_bits),
+        }
+    }
+
+    /// Exponent of the grid all elements lie on; `None` if all are zero.
+    fn grid(self) -> Option<i32> {
+        crate::num::math::floor_log2(self.magnitude).map(|e| e - self.mantissa_bits)
+    }
+}
+
+/// Whether no sum of products of elements of `a` and `b` can be subnormal.
+pub(crate) fn flush_free(a: Smallest, b: Smallest) -> bool {
+    match (a.grid(), b.grid()) {
+        (Some(p), Some(q)) => p + q >= -126,
+        // An operand of zeros (or of infinities and NaN alone) makes no subnormal.
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(kind: Smallest, values: &[f32]) -> Smallest {
+        let mut s = kind;
+        s.see(values);
+        s
+    }
+
+    #[test]
+    fn edge_of_the_proof() {
+        // Grids 2^(-56-7) each: products are multiples of 2^-126.
+        let a = of(Smallest::BF16, &[0.0, 2f32.powi(-56), 1.0, f32::NAN]);
+        assert!(flush_free(a, a));
+        let b = of(Smallest::BF16, &[-(2f32.powi(-57))]);
+        assert!(!flush_free(a, b));
+        assert!(flush_free(of(Smallest::F32, &[0.0]), b));
+        assert!(!flush_free(of(Smallest::F32, &[2f32.powi(-56)]), a));
+    }
+}
