@@ -3,7 +3,7 @@
 
 use super::scheme::{GlobalScale, NibbleOrder, Scheme};
 use crate::error::{Error, Result, extent, length, mul, multiple};
-use crate::num::{E8M0, F4E2M1x2, F8E4M3Fn, Format, Fp8};
+use crate::num::{E8M0, F4E2M1x2, F8E4M3Fn, Fp8};
 use half::bf16;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -97,6 +97,7 @@ impl<'a> QuantizedMatrix<'a> {
     /// [`Error::Multiple`] unless k is a multiple of 32; [`Error::Length`].
     pub fn mxfp4_gguf(n: usize, k: usize, bytes: &'a [u8]) -> Result<Self> {
         multiple("gguf mxfp4 weight", "k", k, 32)?;
+        mul(CODES, n, k)?;
         let row = mul(CODES, k / 32, 17)?;
         length(CODES, bytes.len(), mul(CODES, n, row)?)?;
         Ok(QuantizedMatrix {
@@ -201,6 +202,8 @@ impl<'a> QuantizedMatrix<'a> {
     }
 
     fn build(scheme: Scheme, n: usize, k: usize, codes: &'a [u8], scales: Scales<'a>) -> Result<Self> {
+        // Kernels round k up to whole steps of 32.
+        k.checked_next_multiple_of(32).ok_or(Error::Overflow { operand: CODES.into() })?;
         let row = mul(CODES, k, scheme.bits())? / 8;
         length(CODES, codes.len(), mul(CODES, n, row)?)?;
         let codes = Strided::planar(codes, row, scheme.code_bytes(scheme.block()));
@@ -291,7 +294,7 @@ impl<'a> QuantizedMatrix<'a> {
     ///
     /// # Errors
     /// [`Error::Index`] outside the matrix; [`Error::Multiple`] unless the range starts at a block's edge and ends at one or at
-    /// k; [`Error::Unsupported`] for a block-scaled matrix whose scales would need a copy (slice along n first, or pack).
+    /// k.
     pub fn slice_k(&self, cols: Range<usize>) -> Result<QuantizedMatrix<'a>> {
         check_range("quantized matrix columns", &cols, self.k)?;
         let tile = match self.scheme {
@@ -398,8 +401,12 @@ impl<'a> QuantizedMatrix<'a> {
 
     /// The exact value of element `(row, col)` in f64: code x block scale x f32 scale. `None` outside the matrix.
     pub fn value(&self, row: usize, col: usize) -> Option<f64> {
-        let element = f64::from(self.element(row, col)?);
-        Some(element * f64::from(self.block_scale(row, col)?) * f64::from(self.outer_scale(row, col)?))
+        Some(self.unscaled(row, col)? * f64::from(self.outer_scale(row, col)?))
+    }
+
+    /// Element `(row, col)` without its f32 scale, exactly: code x block scale. `None` outside the matrix.
+    pub(crate) fn unscaled(&self, row: usize, col: usize) -> Option<f64> {
+        Some(f64::from(self.element(row, col)?) * f64::from(self.block_scale(row, col)?))
     }
 
     /// Asks that every code and block scale be a number: what a loader calls on weights it does not trust.
@@ -427,6 +434,23 @@ impl<'a> QuantizedMatrix<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Row `row` without its f32 scale: code x block scale, exact unless it leaves f32's range. `out` holds k elements.
+    pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
+        let block = self.scheme.block();
+        let fp8 = self.scheme.fp8().map(Fp8::values);
+        for (b, out) in out.chunks_mut(if block == 1 { 32 } else { block }).enumerate() {
+            let first = b * if block == 1 { 32 } else { block };
+            let scale = self.block_scale(row, first).unwrap_or(f32::NAN);
+            for (i, y) in out.iter_mut().enumerate() {
+                let element = match (fp8, self.code(row, first + i)) {
+                    (Some(values), Some(code)) => values[usize::from(code) & 255],
+                    _ => self.element(row, first + i).unwrap_or(f32::NAN),
+                };
+                *y = element * scale;
+            }
+        }
     }
 
     /// Code bytes of the 32 elements from `32 * step` of a row, in [`NibbleOrder::Interleaved`] order, zero past k.
@@ -508,13 +532,4 @@ impl QuantizedMatrix<'_> {
 /// Asks that two matrices agree on k.
 pub(crate) fn same_k(a: usize, w: usize) -> Result<()> {
     extent("activations", "k", a, w)
-}
-
-/// Format of the elements, for messages and encoders.
-pub(crate) fn element_format(scheme: Scheme) -> Option<Format> {
-    match scheme {
-        Scheme::Bf16 => None,
-        Scheme::Mxfp4 | Scheme::Nvfp4 => Some(Format::E2M1),
-        _ => scheme.fp8().map(Fp8::format),
-    }
 }

@@ -10,4 +10,5 @@ mod scheme;
 
 pub use experts::QuantizedExperts;
 pub use matrix::QuantizedMatrix;
+pub(crate) use matrix::same_k;
 pub use scheme::{GlobalScale, NibbleOrder, Scheme};

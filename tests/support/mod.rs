@@ -1,7 +1,7 @@
 //! Reads golden files: tensors from `NAME.safetensors`, cases and conventions from `NAME.json`.
 //!
 //! The directory is `TRN_KERNELS_GOLDEN` if set, else `tests/golden`. Nothing about the data is known here but its format.
-#![allow(dead_code)] // each test binary uses its part
+#![allow(dead_code, unreachable_pub)] // each test binary uses its part
 
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};

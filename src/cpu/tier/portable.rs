@@ -63,6 +63,18 @@ impl Tier {
         }
     }
 
+    /// `acc[r][l] = fma(part[r][l], a[r] * w[l], acc[r][l])`: adds a scale block's partial sums. IEEE f32, nothing flushed.
+    pub(crate) fn add_scaled(self, part: &[[f32; LANES]], a: &[f32], w: &[f32; LANES], acc: &mut [[f32; LANES]]) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Some(FmaToken { .. }) => {
+                // SAFETY: the token exists only if AVX2 and FMA were detected on this CPU.
+                unsafe { add_scaled_fma(part, a, w, acc) }
+            }
+            _ => add_scaled(part, a, w, acc),
+        }
+    }
+
     /// Decodes FP4 words to f32 times a scale for each lane; see [`decode_fp4`].
     pub(crate) fn decode_fp4(self, words: &[u8], scales: &[f32; LANES], out: &mut [f32]) {
         match self.0 {
@@ -92,6 +104,12 @@ impl Tier {
 #[target_feature(enable = "avx2,fma")]
 fn panel_dot_fma(dot: PanelDot<'_>, acc: &mut [[f32; LANES]]) {
     panel_dot(dot, acc);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn add_scaled_fma(part: &[[f32; LANES]], a: &[f32], w: &[f32; LANES], acc: &mut [[f32; LANES]]) {
+    add_scaled(part, a, w, acc);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -171,6 +189,15 @@ fn chain<const R: usize, const FLUSH: bool>(
         let x = a[r][k];
         for l in 0..LANES {
             sums[r][l] = flushed::<FLUSH>(x.mul_add(b[l], sums[r][l]));
+        }
+    }
+}
+
+#[inline(always)]
+fn add_scaled(part: &[[f32; LANES]], a: &[f32], w: &[f32; LANES], acc: &mut [[f32; LANES]]) {
+    for ((part, &a), acc) in part.iter().zip(a).zip(acc) {
+        for l in 0..LANES {
+            acc[l] = part[l].mul_add(a * w[l], acc[l]);
         }
     }
 }

@@ -1,0 +1,18 @@
+//! `y = x w^T` from quantized operands: dense, grouped (rows sorted by expert) and gathered (token x top-k ids).
+//!
+//! Shapes: activations x `[m, k]`, weights w `[n, k]`, outputs y `[m, n]`, all row-major. The arithmetic is stated in
+//! `docs/numerics.md`; [`oracle`] is the same product in f64 with the bound within which every result must lie.
+#![forbid(unsafe_code)]
+
+mod dense;
+mod driver;
+mod epilogue;
+mod experts;
+mod operand;
+pub mod oracle;
+mod packed;
+
+pub use epilogue::{Activation, MatmulOptions};
+pub use experts::{PackedExperts, RowSource};
+pub use operand::{Activations, Output};
+pub use packed::PackedMatrix;
