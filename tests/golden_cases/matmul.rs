@@ -132,3 +132,51 @@ fn all_cases() {
         }
     }
 }
+
+/// Runs the first case of a weight format with the weight's bytes changed, and counts outputs out of bounds.
+fn violations_with(weight: &str, change: impl Fn(&mut Operand)) -> usize {
+    let golden = Golden::open("matmul");
+    let case = golden
+        .cases()
+        .iter()
+        .rfind(|c| text(c, "act") == "bf16" && text(c, "weight") == weight)
+        .unwrap_or_else(|| panic!("no bf16 x {weight} case"));
+    let (s, m, n, k) = (uint(case, "shape"), uint(case, "M"), uint(case, "N"), uint(case, "K"));
+    let x = golden.bf16(&format!("s{s}.a.bf16.data"));
+    let mut w = Operand::open(&golden, &format!("s{s}.w.{weight}"), weight, n, k);
+    change(&mut w);
+    let cpu = Cpu::detect();
+    let mut y = vec![0.0f32; m * n];
+    let x = MatRef::new(&x, m, k).unwrap();
+    let out = MatMut::new(&mut y, m, n).unwrap();
+    cpu.matmul(x, &cpu.pack(&w.matrix()).unwrap(), out, &MatmulOptions::default(), &mut Workspace::new()).unwrap();
+    let y: Vec<f64> = y.into_iter().map(f64::from).collect();
+    let reference = golden.f64(&format!("s{s}.y.bf16.{weight}"));
+    violations(k, &y, &reference, &golden.real(&format!("s{s}.abs.bf16.{weight}")), false)
+}
+
+#[test]
+fn planted_swapped_nibbles_are_noticed() {
+    for weight in ["mxfp4", "nvfp4"] {
+        assert_eq!(violations_with(weight, |_| {}), 0);
+        assert!(violations_with(weight, |w| w.codes.iter_mut().for_each(|b| *b = b.rotate_left(4))) > 0, "{weight}");
+    }
+}
+
+#[test]
+fn planted_scales_shifted_by_a_block_are_noticed() {
+    for weight in ["mxfp4", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"] {
+        assert!(violations_with(weight, |w| w.scale.rotate_left(1)) > 0, "{weight}");
+    }
+    assert!(violations_with("fp8_e4m3_row", |w| w.scale_f32.rotate_left(1)) > 0);
+    assert!(violations_with("fp8_e4m3_block128", |w| w.scale_f32.rotate_left(1)) > 0);
+}
+
+#[test]
+fn planted_scale_direction_and_format_mixups_are_noticed() {
+    assert!(violations_with("nvfp4", |w| w.global = 1.0 / w.global) > 0, "divisor for multiplier");
+    assert!(violations_with("nvfp4", |w| w.global = 1.0) > 0, "global scale dropped");
+    assert!(violations_with("fp8_e4m3_row", |w| w.format = "fp8_ieee_row".into()) > 0, "E4M3FN read as IEEE");
+    assert!(violations_with("mxfp8_e5m2", |w| w.format = "mxfp8_e4m3".into()) > 0, "E5M2 read as E4M3");
+    assert!(violations_with("mxfp4", |w| w.scale.iter_mut().for_each(|s| *s += 1)) > 0, "scale bias off by one");
+}

@@ -1,0 +1,84 @@
+//! The hot path allocates nothing: a counting allocator watches repeated calls.
+
+#[path = "support/random.rs"]
+mod random;
+
+use random::{RandomMatrix, Rng, SCHEMES};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use trn_kernels::matmul::{MatmulOptions, PackedExperts, RowSource};
+use trn_kernels::{Cpu, MatMut, MatRef, Workspace};
+
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+fn count() {
+    ALLOCATIONS.with(|n| n.set(n.get() + 1));
+}
+
+// SAFETY: every call is passed on to the system allocator unchanged; counting allocates nothing (a const-initialised Cell).
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promises about `layout` are the system allocator's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: `pointer` came from `alloc` or `realloc` above, so from the system allocator, with this layout.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as `dealloc`; the caller vouches for `size`.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations of this thread while `f` runs.
+fn allocations(f: impl FnOnce()) -> usize {
+    let before = ALLOCATIONS.with(Cell::get);
+    f();
+    ALLOCATIONS.with(Cell::get) - before
+}
+
+#[test]
+fn the_counter_counts() {
+    assert!(allocations(|| drop(std::hint::black_box(vec![1u8; 100]))) > 0);
+}
+
+#[test]
+fn matmul_allocates_nothing() {
+    let mut rng = Rng(1);
+    let (m, n, k) = (9, 40, 256);
+    let cpu = Cpu::detect();
+    let mut ws = Workspace::new();
+    let x = rng.wide(m * k, 0..=0);
+    let x = MatRef::new(&x, m, k).unwrap();
+    let mut y = vec![0.0f32; m * n];
+    let options = MatmulOptions::default();
+    for scheme in SCHEMES {
+        let w = RandomMatrix::new(&mut rng, scheme, n, k, 2);
+        let packed = cpu.pack(&w.view()).unwrap();
+        let experts = PackedExperts::new(vec![packed.clone(), packed.clone()]).unwrap();
+        let quantized = RandomMatrix::new(&mut rng, scheme, m, k, 2);
+        let quantized = quantized.view();
+        let mut all = || {
+            let mut out = || MatMut::new(&mut y, m, n).unwrap();
+            cpu.matmul(x, &packed, out(), &options, &mut ws).unwrap();
+            cpu.matmul(&quantized, &packed, out(), &options, &mut ws).unwrap();
+            cpu.grouped_matmul(x, &experts, &[0, 4, 9], out(), &options, &mut ws).unwrap();
+            let ids = [0, 1, 1, 0, 0, 1, 0, 1, 1];
+            cpu.gather_matmul(x, RowSource::Slot, &experts, &ids, 1, out(), &options, &mut ws).unwrap();
+        };
+        all();
+        assert_eq!(allocations(all), 0, "{scheme:?}");
+    }
+}

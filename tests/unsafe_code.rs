@@ -1,0 +1,59 @@
+//! Where unsafe code may stand, kept true: every other file of `src` forbids it, and every unsafe block says why it is sound.
+
+use std::path::{Path, PathBuf};
+
+/// design: machine tiers, and mapping a checkpoint (whose caller vouches for the file).
+const MAY_BE_UNSAFE: [&str; 2] = ["cpu/tier/", "checkpoint/map.rs"];
+/// Module roots that hold `mod` lines and re-exports above files that may be unsafe.
+const ABOVE_UNSAFE: [&str; 3] = ["lib.rs", "cpu/mod.rs", "checkpoint/mod.rs"];
+
+fn rust_files(dir: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            rust_files(&path, files);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+/// What is wrong with a source file, if anything.
+fn verdict(name: &str, text: &str) -> Option<String> {
+    let allowed = MAY_BE_UNSAFE.iter().any(|p| name.starts_with(p));
+    let code: Vec<&str> = text.lines().map(|l| l.split("//").next().unwrap_or_default()).collect();
+    let word = |l: &&str| l.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe");
+    if !allowed && code.iter().any(word) {
+        return Some(format!("{name}: unsafe code outside {MAY_BE_UNSAFE:?}"));
+    }
+    let forbids = text.contains("#![forbid(unsafe_code)]");
+    if !allowed && !forbids && !ABOVE_UNSAFE.contains(&name) {
+        return Some(format!("{name}: no #![forbid(unsafe_code)]"));
+    }
+    let blocks = code.iter().filter(|l| l.contains("unsafe {")).count();
+    let proofs = text.matches("// SAFETY: ").count();
+    (proofs < blocks).then(|| format!("{name}: {blocks} unsafe blocks, {proofs} SAFETY comments"))
+}
+
+#[test]
+fn unsafe_stays_where_it_may() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = vec![];
+    rust_files(&src, &mut files);
+    assert!(files.len() > 20, "only {} files found", files.len());
+    let check = |path: &PathBuf| {
+        let name = path.strip_prefix(&src).unwrap().to_str().unwrap().replace('\\', "/");
+        verdict(&name, &std::fs::read_to_string(path).unwrap())
+    };
+    let wrong: Vec<String> = files.iter().filter_map(check).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn the_check_can_fail() {
+    assert!(verdict("matmul/x.rs", "#![forbid(unsafe_code)]\nfn f() {}").is_none());
+    assert!(verdict("matmul/x.rs", "fn f() {}").is_some());
+    assert!(verdict("matmul/x.rs", "#![forbid(unsafe_code)]\nunsafe fn f() {}").is_some());
+    assert!(verdict("cpu/tier/x.rs", "fn f() { unsafe { g() } }").is_some());
+    assert!(verdict("cpu/tier/x.rs", "// SAFETY: g has no requirement.\nfn f() { unsafe { g() } }").is_none());
+}
