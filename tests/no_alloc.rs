@@ -71,12 +71,16 @@ fn matmul_allocates_nothing() {
         let quantized = RandomMatrix::new(&mut rng, scheme, m, k, 2);
         let quantized = quantized.view();
         let mut all = || {
-            let mut out = || MatMut::new(&mut y, m, n).unwrap();
-            cpu.matmul(x, &packed, out(), &options, &mut ws).unwrap();
-            cpu.matmul(&quantized, &packed, out(), &options, &mut ws).unwrap();
-            cpu.grouped_matmul(x, &experts, &[0, 4, 9], out(), &options, &mut ws).unwrap();
+            macro_rules! out {
+                () => {
+                    MatMut::new(&mut y, m, n).unwrap()
+                };
+            }
+            cpu.matmul(x, &packed, out!(), &options, &mut ws).unwrap();
+            cpu.matmul(&quantized, &packed, out!(), &options, &mut ws).unwrap();
+            cpu.grouped_matmul(x, &experts, &[0, 4, 9], out!(), &options, &mut ws).unwrap();
             let ids = [0, 1, 1, 0, 0, 1, 0, 1, 1];
-            cpu.gather_matmul(x, RowSource::Slot, &experts, &ids, 1, out(), &options, &mut ws).unwrap();
+            cpu.gather_matmul(x, RowSource::Slot, &experts, &ids, 1, out!(), &options, &mut ws).unwrap();
         };
         all();
         assert_eq!(allocations(all), 0, "{scheme:?}");

@@ -1,4 +1,5 @@
 //! What the machine has, as data, and the tokens that prove it.
+#![forbid(unsafe_code)]
 
 /// Instruction sets the tiers are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
