@@ -93,15 +93,14 @@ impl<T> Clone for MatRef<'_, T> {
 impl<T> Copy for MatRef<'_, T> {}
 
 impl<'a, T> MatRef<'a, T> {
-    /// Row `i` with the lifetime of the data, or `None` if `i >= rows`.
-    pub(crate) fn row_of(&self, i: usize) -> Option<&'a [T]> {
-        if i >= self.rows {
-            return None;
-        }
-        if self.cols == 0 {
-            return Some(&[]);
-        }
-        self.data.get(i * self.row_stride..i * self.row_stride + self.cols)
+    /// The slice and its extents: `(data, rows, cols, row_stride)`.
+    pub(crate) fn into_parts(self) -> (&'a [T], usize, usize, usize) {
+        (self.data, self.rows, self.cols, self.row_stride)
+    }
+
+    /// A view that [`MatRef::into_parts`] took apart, over data of another type and the same length.
+    pub(crate) fn from_parts((data, rows, cols, row_stride): (&'a [T], usize, usize, usize)) -> Self {
+        MatRef { data, rows, cols, row_stride }
     }
 
     /// Rows `start..start + rows`.
@@ -118,7 +117,17 @@ impl<'a, T> MatRef<'a, T> {
     }
 }
 
-impl<T> MatMut<'_, T> {
+impl<'a, T> MatMut<'a, T> {
+    /// The slice and its extents: `(data, rows, cols, row_stride)`.
+    pub(crate) fn into_parts(self) -> (&'a mut [T], usize, usize, usize) {
+        (self.data, self.rows, self.cols, self.row_stride)
+    }
+
+    /// A view that [`MatMut::into_parts`] took apart, over data of another type and the same length.
+    pub(crate) fn from_parts((data, rows, cols, row_stride): (&'a mut [T], usize, usize, usize)) -> Self {
+        MatMut { data, rows, cols, row_stride }
+    }
+
     /// Row `i`, mutable, or `None` if `i >= rows`.
     pub fn row_mut(&mut self, i: usize) -> Option<&mut [T]> {
         if i >= self.rows {

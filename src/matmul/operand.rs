@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::cpu::{Smallest, flush};
-use crate::num::Real;
+use crate::num::{Real, RealSlice, RealSliceMut};
 use crate::quant::{QuantizedMatrix, Scheme};
 use crate::view::{MatMut, MatRef};
 use half::{bf16, f16};
@@ -119,24 +119,27 @@ impl Output<'_> {
     }
 }
 
-macro_rules! plain {
-    ($t:ty, $variant:ident) => {
-        impl<'a> From<MatRef<'a, $t>> for Activations<'a> {
-            fn from(x: MatRef<'a, $t>) -> Self {
-                Activations::$variant(x)
-            }
+impl<'a, T: Real> From<MatRef<'a, T>> for Activations<'a> {
+    fn from(x: MatRef<'a, T>) -> Self {
+        let (data, rows, cols, stride) = x.into_parts();
+        match T::slice(data) {
+            RealSlice::F32(data) => Activations::F32(MatRef::from_parts((data, rows, cols, stride))),
+            RealSlice::Bf16(data) => Activations::Bf16(MatRef::from_parts((data, rows, cols, stride))),
+            RealSlice::F16(data) => Activations::F16(MatRef::from_parts((data, rows, cols, stride))),
         }
-
-        impl<'a> From<MatMut<'a, $t>> for Output<'a> {
-            fn from(y: MatMut<'a, $t>) -> Self {
-                Output::$variant(y)
-            }
-        }
-    };
+    }
 }
-plain!(f32, F32);
-plain!(bf16, Bf16);
-plain!(f16, F16);
+
+impl<'a, T: Real> From<MatMut<'a, T>> for Output<'a> {
+    fn from(y: MatMut<'a, T>) -> Self {
+        let (data, rows, cols, stride) = y.into_parts();
+        match T::slice_mut(data) {
+            RealSliceMut::F32(data) => Output::F32(MatMut::from_parts((data, rows, cols, stride))),
+            RealSliceMut::Bf16(data) => Output::Bf16(MatMut::from_parts((data, rows, cols, stride))),
+            RealSliceMut::F16(data) => Output::F16(MatMut::from_parts((data, rows, cols, stride))),
+        }
+    }
+}
 
 impl<'a> From<&'a QuantizedMatrix<'a>> for Activations<'a> {
     fn from(x: &'a QuantizedMatrix<'a>) -> Self {

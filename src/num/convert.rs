@@ -16,6 +16,32 @@ pub trait Real: Copy + Send + Sync + Default + std::fmt::Debug + sealed::Sealed 
     fn to_f32(self) -> f32;
     /// Nearest value, ties to even; NaN stays NaN.
     fn from_f32(x: f32) -> Self;
+    /// The slice with its type as data.
+    fn slice(x: &[Self]) -> RealSlice<'_>;
+    /// The mutable slice with its type as data.
+    fn slice_mut(x: &mut [Self]) -> RealSliceMut<'_>;
+}
+
+/// A slice whose element type is known at run time.
+#[derive(Debug, Clone, Copy)]
+pub enum RealSlice<'a> {
+    /// f32.
+    F32(&'a [f32]),
+    /// bf16.
+    Bf16(&'a [bf16]),
+    /// f16.
+    F16(&'a [f16]),
+}
+
+/// A mutable slice whose element type is known at run time.
+#[derive(Debug)]
+pub enum RealSliceMut<'a> {
+    /// f32.
+    F32(&'a mut [f32]),
+    /// bf16.
+    Bf16(&'a mut [bf16]),
+    /// f16.
+    F16(&'a mut [f16]),
 }
 
 mod sealed {
@@ -26,7 +52,7 @@ mod sealed {
 }
 
 macro_rules! real {
-    ($t:ty, $name:literal, $to:expr, $from:expr) => {
+    ($t:ty, $variant:ident, $name:literal, $to:expr, $from:expr) => {
         impl Real for $t {
             const NAME: &'static str = $name;
             #[inline]
@@ -37,12 +63,18 @@ macro_rules! real {
             fn from_f32(x: f32) -> Self {
                 $from(x)
             }
+            fn slice(x: &[Self]) -> RealSlice<'_> {
+                RealSlice::$variant(x)
+            }
+            fn slice_mut(x: &mut [Self]) -> RealSliceMut<'_> {
+                RealSliceMut::$variant(x)
+            }
         }
     };
 }
-real!(f32, "f32", std::convert::identity, std::convert::identity);
-real!(bf16, "bf16", bf16::to_f32, bf16::from_f32);
-real!(f16, "f16", f16::to_f32, f16::from_f32);
+real!(f32, F32, "f32", std::convert::identity, std::convert::identity);
+real!(bf16, Bf16, "bf16", bf16::to_f32, bf16::from_f32);
+real!(f16, F16, "f16", f16::to_f32, f16::from_f32);
 
 /// Codes of `format` to values. Every FP8 value is exact in f32, bf16 and f16.
 ///
