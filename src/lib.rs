@@ -3,6 +3,7 @@
 
 pub mod cpu;
 mod error;
+pub mod layer;
 pub mod matmul;
 pub mod num;
 pub mod quant;

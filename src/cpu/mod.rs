@@ -12,7 +12,7 @@ pub use workspace::Workspace;
 
 pub(crate) use flush::{Smallest, flush_free};
 pub(crate) use parallel::for_each_zip;
-pub(crate) use tier::portable::{LANES, PanelDot, STEP, Tier, flush};
+pub(crate) use tier::portable::{Kernel, LANES, PanelDot, STEP, Tier, flush};
 
 /// The CPU: the handle that runs kernels.
 ///

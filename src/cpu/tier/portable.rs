@@ -100,6 +100,32 @@ impl Tier {
     }
 }
 
+/// A computation that the tier's compilation applies to. Implementations mark `run`, and what it calls in its inner loop,
+/// `#[inline(always)]`: only what is inlined is compiled with the tier's features.
+pub(crate) trait Kernel {
+    fn run(self);
+}
+
+impl Tier {
+    /// Runs a kernel written elsewhere, compiled for this tier.
+    pub(crate) fn run(self, kernel: impl Kernel) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Some(FmaToken { .. }) => {
+                // SAFETY: the token exists only if AVX2 and FMA were detected on this CPU.
+                unsafe { run_fma(kernel) }
+            }
+            _ => kernel.run(),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn run_fma(kernel: impl Kernel) {
+    kernel.run();
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn panel_dot_fma(dot: PanelDot<'_>, acc: &mut [[f32; LANES]]) {
