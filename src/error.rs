@@ -147,7 +147,9 @@ impl fmt::Display for Error {
             Error::Length { operand, got, needed } => {
                 write!(f, "{operand}: the slice has {got} elements, its extents need {needed}")
             }
-            Error::Extent { operand, axis, got, needed } => write!(f, "{operand}: axis {axis} is {got}, needed {needed}"),
+            Error::Extent { operand, axis, got, needed } => {
+                write!(f, "{operand}: axis {axis} is {got}, needed {needed}")
+            }
             Error::Multiple { operand, axis, got, of } => {
                 write!(f, "{operand}: axis {axis} is {got}, needed a multiple of {of}")
             }

@@ -1,6 +1,8 @@
 #![doc = "trn-kernels"]
 #![deny(unsafe_code)]
 
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 mod error;
 pub mod num;
 pub mod quant;

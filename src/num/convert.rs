@@ -1,8 +1,8 @@
 //! Slices of codes from and to f32, bf16 and f16.
 #![forbid(unsafe_code)]
 
-use super::fp8::Fp8;
 use super::format::Overflow;
+use super::fp8::Fp8;
 use crate::error::{Result, length};
 use half::{bf16, f16};
 

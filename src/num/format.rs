@@ -182,11 +182,7 @@ impl Format {
         let half = 1 << (shift - 1);
         let rounded = kept + (rest > half || (rest == half && kept & 1 == 1)) as u32;
         // A carry out of the mantissa moves into the exponent by itself.
-        if below > 0 {
-            rounded
-        } else {
-            (((exponent - min_exponent) as u32) << self.mantissa_bits) + rounded
-        }
+        if below > 0 { rounded } else { (((exponent - min_exponent) as u32) << self.mantissa_bits) + rounded }
     }
 }
 

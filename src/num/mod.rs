@@ -6,14 +6,14 @@
 mod bridge;
 mod convert;
 mod e8m0;
+mod format;
 mod fp4;
 mod fp8;
-mod format;
 pub mod math;
 
 pub use bridge::{BridgeReport, halve_for_ieee, to_ieee};
 pub use convert::{Real, bf16_from_f64, decode_slice, encode_slice};
 pub use e8m0::E8M0;
+pub use format::{Format, Overflow, Specials};
 pub use fp4::F4E2M1x2;
 pub use fp8::{Element, F8E3M4, F8E4M3Fn, F8E4M3Ieee, F8E5M2, Fp8};
-pub use format::{Format, Overflow, Specials};

@@ -38,9 +38,15 @@ impl<'a> Strided<'a> {
 enum Scales<'a> {
     None,
     E8m0(Strided<'a>),
-    Nvfp4 { block: Strided<'a>, global: GlobalScale },
+    Nvfp4 {
+        block: Strided<'a>,
+        global: GlobalScale,
+    },
     /// Row-major grid of f32, `row` elements from one tile row to the next.
-    F32 { data: Cow<'a, [f32]>, row: usize },
+    F32 {
+        data: Cow<'a, [f32]>,
+        row: usize,
+    },
 }
 
 /// A quantized matrix `[n, k]`: codes and scales borrowed from wherever they lie, checked once.
@@ -123,7 +129,12 @@ impl<'a> QuantizedMatrix<'a> {
         let block = Self::block_scales(Scheme::Nvfp4, n, k, scales)?;
         if let Some(at) = scales.iter().position(|s| *s >= 0x80) {
             let got = format!("E4M3FN code {:#04x}", scales[at]);
-            return Err(Error::Value { operand: SCALES.into(), at, got, needed: "an NVFP4 block scale without the sign bit" });
+            return Err(Error::Value {
+                operand: SCALES.into(),
+                at,
+                got,
+                needed: "an NVFP4 block scale without the sign bit",
+            });
         }
         finite("global scale", &[global.get()])?;
         Self::build(Scheme::Nvfp4, n, k, codes, Scales::Nvfp4 { block, global })
@@ -295,7 +306,9 @@ impl<'a> QuantizedMatrix<'a> {
         let scales = match &self.scales {
             Scales::None => Scales::None,
             Scales::E8m0(s) => Scales::E8m0(s.skip(0, cols.start / block)),
-            Scales::Nvfp4 { block: s, global } => Scales::Nvfp4 { block: s.skip(0, cols.start / block), global: *global },
+            Scales::Nvfp4 { block: s, global } => {
+                Scales::Nvfp4 { block: s.skip(0, cols.start / block), global: *global }
+            }
             Scales::F32 { data, row } => match self.scheme {
                 Scheme::Fp8Blockwise { .. } => {
                     let skip = (cols.start / tile).min(data.len());
