@@ -1,6 +1,13 @@
-#![doc = "trn-kernels"]
+#![doc = include_str!("../README.md")]
+//!
+//! # Modules
+//!
+//! Dependencies point one way: [`num`] and [`quant`] say what numbers and matrices are; [`matmul`], [`layer`] compute on them;
+//! [`cpu`] is the machine. Operations are methods of [`Cpu`] or take one.
 #![deny(unsafe_code)]
 
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 pub mod cpu;
 mod error;
 pub mod layer;

@@ -37,12 +37,27 @@ impl<'a> QuantizedExperts<'a> {
     /// `[experts, n, k/32]` E8M0 codes.
     ///
     /// # Errors
-    /// [`Error::Empty`] without experts; as [`QuantizedMatrix::mxfp4`].
+    /// [`Error::Empty`] without experts, rows or columns; as [`QuantizedMatrix::mxfp4`].
     pub fn mxfp4(experts: usize, n: usize, k: usize, blocks: &'a [u8], scales: &'a [u8]) -> Result<Self> {
-        // The stack is one tall matrix; slicing it checks every bound once.
         let rows = crate::error::mul("experts", experts, n)?;
-        let all = QuantizedMatrix::mxfp4(rows, k, blocks, scales)?;
-        Self::new((0..experts).map(|e| all.slice_n(e * n..(e + 1) * n)).collect::<Result<_>>()?)
+        Self::split(&QuantizedMatrix::mxfp4(rows, k, blocks, scales)?, experts)
+    }
+
+    /// The `experts` equal parts of one tall matrix `[experts * n, k]`, at no copy.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] without experts, rows or columns; [`Error::Multiple`] unless the rows divide by `experts`; as
+    /// [`QuantizedMatrix::slice_n`].
+    pub fn split(stack: &QuantizedMatrix<'a>, experts: usize) -> Result<Self> {
+        // Without rows or columns any number of experts would fit any slice: refused before memory is taken for them.
+        for (axis, extent) in [("expert", experts), ("n", stack.n()), ("k", stack.k())] {
+            if extent == 0 {
+                return Err(Error::Empty { operand: "experts".into(), axis });
+            }
+        }
+        crate::error::multiple("experts", "n", stack.n(), experts)?;
+        let n = stack.n() / experts;
+        Self::new((0..experts).map(|e| stack.slice_n(e * n..(e + 1) * n)).collect::<Result<_>>()?)
     }
 
     /// Number of experts.
