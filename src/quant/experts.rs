@@ -37,8 +37,14 @@ impl<'a> QuantizedExperts<'a> {
     /// `[experts, n, k/32]` E8M0 codes.
     ///
     /// # Errors
-    /// [`Error::Empty`] without experts; as [`QuantizedMatrix::mxfp4`].
+    /// [`Error::Empty`] if any extent is zero; as [`QuantizedMatrix::mxfp4`].
     pub fn mxfp4(experts: usize, n: usize, k: usize, blocks: &'a [u8], scales: &'a [u8]) -> Result<Self> {
+        // Without an empty extent the slices bound the number of experts.
+        for (extent, axis) in [(experts, "expert"), (n, "n"), (k, "k")] {
+            if extent == 0 {
+                return Err(Error::Empty { operand: "experts".into(), axis });
+            }
+        }
         // The stack is one tall matrix; slicing it checks every bound once.
         let rows = crate::error::mul("experts", experts, n)?;
         let all = QuantizedMatrix::mxfp4(rows, k, blocks, scales)?;
