@@ -25,8 +25,8 @@ pub fn to_ieee(codes: &mut [u8]) -> BridgeReport {
 
 /// Rewrites E4M3FN codes as E4M3 IEEE codes of *half* their values, in place: the caller doubles the scale.
 ///
-/// 448 becomes 224, so nothing overflows. Only odd subnormals (and the odd code just above them) round, ties to even: the
-/// error is at most 2^-10 of the old scale.
+/// 448 becomes 224, so nothing overflows. Only the odd codes below magnitude 0x10 round (their halves lie between two
+/// subnormals, ties go to even): the error is 2^-9 of the old scale, half of a subnormal step of the new one.
 pub fn halve_for_ieee(codes: &mut [u8]) -> BridgeReport {
     rewrite(codes, 0.5)
 }

@@ -26,19 +26,14 @@ pub enum Overflow {
 ///
 /// Value of a code with sign `s`, exponent field `e`, mantissa field `m` (`M` bits), bias `b`: `(-1)^s m 2^(1-b-M)` if
 /// `e == 0`, else `(-1)^s (1 + m/2^M) 2^(e-b)`, but for the codes [`Specials`] takes away. Source: OCP MX v1.0 and OFP8
-/// v1.0; E4M3 "IEEE" and E3M4 as ml_dtypes and XLA define them.
+/// v1.0; E4M3 "IEEE" and E3M4 as ml_dtypes and XLA define them. The facts are read-only: the engine's shifts rely on them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Format {
-    /// Name as the field writes it.
-    pub name: &'static str,
-    /// Bits of the exponent field.
-    pub exponent_bits: u32,
-    /// Bits of the mantissa field.
-    pub mantissa_bits: u32,
-    /// Exponent bias.
-    pub bias: i32,
-    /// Codes that are not finite.
-    pub specials: Specials,
+    name: &'static str,
+    exponent_bits: u32,
+    mantissa_bits: u32,
+    bias: i32,
+    specials: Specials,
 }
 
 impl Format {
@@ -59,6 +54,31 @@ impl Format {
 
     const fn new(name: &'static str, exponent_bits: u32, mantissa_bits: u32, bias: i32, specials: Specials) -> Self {
         Format { name, exponent_bits, mantissa_bits, bias, specials }
+    }
+
+    /// Name as the field writes it.
+    pub const fn name(self) -> &'static str {
+        self.name
+    }
+
+    /// Bits of the exponent field.
+    pub const fn exponent_bits(self) -> u32 {
+        self.exponent_bits
+    }
+
+    /// Bits of the mantissa field.
+    pub const fn mantissa_bits(self) -> u32 {
+        self.mantissa_bits
+    }
+
+    /// Exponent bias.
+    pub const fn bias(self) -> i32 {
+        self.bias
+    }
+
+    /// Codes that are not finite.
+    pub const fn specials(self) -> Specials {
+        self.specials
     }
 
     /// Mask of the magnitude bits of a code.

@@ -210,6 +210,29 @@ impl<'a> QuantizedMatrix<'a> {
         Ok(QuantizedMatrix { scheme, n, k, codes, nibbles: NibbleOrder::Interleaved, scales })
     }
 
+    /// From planes whose lengths the caller vouches for: contiguous codes, then the scales that `scheme` has (the others are
+    /// ignored). What [`QuantizedMatrixBuf`](super::QuantizedMatrixBuf) holds, without a second validation or an allocation.
+    pub(crate) fn from_planes(
+        (scheme, n, k): (Scheme, usize, usize),
+        codes: &'a [u8],
+        block_scales: &'a [u8],
+        global: GlobalScale,
+        outer_scales: &'a [f32],
+    ) -> Self {
+        let block = Strided::planar(block_scales, k / scheme.block(), 1);
+        let outer = |row| Scales::F32 { data: Cow::Borrowed(outer_scales), row };
+        let scales = match scheme {
+            Scheme::Bf16 => Scales::None,
+            Scheme::Mxfp4 | Scheme::Mxfp8(_) => Scales::E8m0(block),
+            Scheme::Nvfp4 => Scales::Nvfp4 { block, global },
+            Scheme::Fp8PerTensor(_) => outer(0),
+            Scheme::Fp8PerChannel(_) => outer(1),
+            Scheme::Fp8Blockwise { k: tile, .. } => outer(k.div_ceil(tile)),
+        };
+        let codes = Strided::planar(codes, scheme.code_bytes(k), scheme.code_bytes(scheme.block()));
+        QuantizedMatrix { scheme, n, k, codes, nibbles: NibbleOrder::Interleaved, scales }
+    }
+
     /// The scheme.
     pub fn scheme(&self) -> Scheme {
         self.scheme
@@ -256,7 +279,9 @@ impl<'a> QuantizedMatrix<'a> {
                 let skip = (rows.start / tile * row).min(data.len());
                 let len = if self.is_per_channel() { rows.len() } else { rows.len().div_ceil(tile) * row };
                 let len = if *row == 0 { data.len() } else { len };
-                Scales::F32 { data: narrow(data, skip..skip + len), row: *row }
+                // After a slice along k the last tile row ends before a full stride.
+                let end = (skip + len).min(data.len());
+                Scales::F32 { data: narrow(data, skip..end), row: *row }
             }
         };
         Ok(QuantizedMatrix { n: rows.len(), codes: self.codes.skip(rows.start, 0), scales, ..self.clone() })

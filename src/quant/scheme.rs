@@ -1,7 +1,7 @@
 //! Which codes, which scales, how they tile the matrix.
 #![forbid(unsafe_code)]
 
-use crate::num::Fp8;
+use crate::num::{Format, Fp8};
 
 /// How a matrix `[n, k]` is quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,6 +59,16 @@ impl Scheme {
         }
     }
 
+    /// The format of the codes; `None` for bf16.
+    pub const fn element(self) -> Option<Format> {
+        match self {
+            Scheme::Bf16 => None,
+            Scheme::Mxfp4 | Scheme::Nvfp4 => Some(Format::E2M1),
+            Scheme::Mxfp8(e) | Scheme::Fp8PerTensor(e) | Scheme::Fp8PerChannel(e) => Some(e.format()),
+            Scheme::Fp8Blockwise { element, .. } => Some(element.format()),
+        }
+    }
+
     /// Bytes of `count` codes, rounded up to whole bytes.
     pub(crate) const fn code_bytes(self, count: usize) -> usize {
         match self.bits() {
@@ -82,24 +92,33 @@ pub enum NibbleOrder {
 
 /// The f32 scale of a whole NVFP4 tensor, named by the direction in which a checkpoint stores it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct GlobalScale(f32);
+pub struct GlobalScale {
+    stored: f32,
+    divides: bool,
+}
 
 impl GlobalScale {
     /// No global scale, written out.
-    pub const ONE: GlobalScale = GlobalScale(1.0);
+    pub const ONE: GlobalScale = GlobalScale::multiplier(1.0);
 
     /// value = code x block scale x `scale`: ModelOpt `weight_scale_2`, torchao, GGUF `.scale`.
     pub const fn multiplier(scale: f32) -> Self {
-        GlobalScale(scale)
+        GlobalScale { stored: scale, divides: false }
     }
 
-    /// value = code x block scale / `scale`: compressed-tensors `weight_global_scale`. Stored as the f32 nearest `1 / scale`.
+    /// value = code x block scale / `scale`: compressed-tensors `weight_global_scale`. Kernels multiply by the f32 nearest
+    /// `1 / scale`.
     pub const fn divisor(scale: f32) -> Self {
-        GlobalScale(1.0 / scale)
+        GlobalScale { stored: scale, divides: true }
     }
 
-    /// The multiplier.
+    /// The multiplier: as stored, or the f32 nearest the reciprocal of a divisor.
     pub const fn get(self) -> f32 {
-        self.0
+        if self.divides { 1.0 / self.stored } else { self.stored }
+    }
+
+    /// The divisor: as stored, or the f32 nearest the reciprocal of a multiplier.
+    pub const fn get_divisor(self) -> f32 {
+        if self.divides { self.stored } else { 1.0 / self.stored }
     }
 }
