@@ -12,7 +12,7 @@ use trn_kernels::layer::{
 };
 use trn_kernels::matmul::{Activations, MatmulOptions, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::num::{Fp8, Real};
-use trn_kernels::quant::{QuantizedMatrix, QuantizedMatrixBuf, QuantizeOptions, Scheme};
+use trn_kernels::quant::{QuantizeOptions, QuantizedMatrix, QuantizedMatrixBuf, ScaleRule, Scheme, quantize_into};
 use trn_kernels::{Cpu, Error, HeadsMut, HeadsRef, MatMut, MatRef, Result, Workspace};
 
 /// Tokens of a KV page.
@@ -162,8 +162,7 @@ impl<'m, T: Real> Session<'m, T> {
         let config = &model.config;
         let pages = max_tokens.div_ceil(PAGE_SIZE);
         let heads = config.num_key_value_heads;
-        let mut pool = KvConfig::new(kv, config.num_hidden_layers, pages, PAGE_SIZE, heads, config.head_dim);
-        pool.rule = kv_scale_rule(kv);
+        let pool = KvConfig::new(kv, config.num_hidden_layers, pages, PAGE_SIZE, heads, config.head_dim);
         let pool = KvPool::new(pool)?;
         Ok(Session {
             sequence: KvSequence::new(&pool),
@@ -173,7 +172,7 @@ impl<'m, T: Real> Session<'m, T> {
             pool,
             rope: RopeTable::default(),
             workspace: Workspace::new(),
-            quantized: QuantizedMatrixBuf::default(),
+            quantized: QuantizedMatrixBuf::new(),
             buffers: Buffers::default(),
             attention_time: Duration::ZERO,
             experts_time: Duration::ZERO,
@@ -312,6 +311,7 @@ fn quantize<'b, T: Real>(
     if !wanted {
         return Ok(None);
     }
-    buffer.quantize(Scheme::Mxfp8(Fp8::E4M3Fn), x, &QuantizeOptions { rule: ScaleRule::Trainium, ..Default::default() })?;
+    let options = QuantizeOptions { rule: ScaleRule::Trainium, ..QuantizeOptions::default() };
+    quantize_into(x, Scheme::Mxfp8(Fp8::E4M3Fn), &options, buffer)?;
     Ok(Some(buffer.view()))
 }
