@@ -93,6 +93,17 @@ impl<T> Clone for MatRef<'_, T> {
 impl<T> Copy for MatRef<'_, T> {}
 
 impl<'a, T> MatRef<'a, T> {
+    /// Row `i` with the lifetime of the data, or `None` if `i >= rows`.
+    pub(crate) fn row_of(&self, i: usize) -> Option<&'a [T]> {
+        if i >= self.rows {
+            return None;
+        }
+        if self.cols == 0 {
+            return Some(&[]);
+        }
+        self.data.get(i * self.row_stride..i * self.row_stride + self.cols)
+    }
+
     /// The slice and its extents: `(data, rows, cols, row_stride)`.
     pub(crate) fn into_parts(self) -> (&'a [T], usize, usize, usize) {
         (self.data, self.rows, self.cols, self.row_stride)

@@ -3,8 +3,8 @@
 //! Slow and plain: one query row at a time, every score kept, softmax in two passes, exact values of every code.
 #![forbid(unsafe_code)]
 
-use super::driver::check_queries;
 use super::bound::Row;
+use super::driver::check_queries;
 use super::prefill::{Queries, check_cache, check_ragged};
 use super::source::{KvSource, PagedSource, RaggedKv};
 use super::spec::AttentionSpec;

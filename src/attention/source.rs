@@ -94,8 +94,7 @@ pub(crate) struct PagedSource<'a> {
 impl PagedSource<'_> {
     fn decode(&self, seq: usize, head: usize, tokens: Range<usize>, keys: bool, stride: usize, out: &mut [f32]) {
         let shape = self.kv.shape();
-        let (plane, dim) =
-            if keys { (self.kv.k(), shape.head_dim_qk) } else { (self.kv.v(), shape.head_dim_vo) };
+        let (plane, dim) = if keys { (self.kv.k(), shape.head_dim_qk) } else { (self.kv.v(), shape.head_dim_vo) };
         let pages = self.table.pages(seq);
         for (token, out) in tokens.zip(out.chunks_mut(stride)) {
             let page = pages[token / shape.page_size] as usize;

@@ -55,12 +55,8 @@ impl PageTable {
         check_indptr("page table indptr", &indptr, indices.len())?;
         length("page table last_page_len", last_page_len.len(), indptr.len() - 1)?;
         for (at, (ends, &last)) in indptr.windows(2).zip(&last_page_len).enumerate() {
-            let wrong = |needed| Error::Value {
-                operand: "page table last_page_len".into(),
-                at,
-                got: last.to_string(),
-                needed,
-            };
+            let wrong =
+                |needed| Error::Value { operand: "page table last_page_len".into(), at, got: last.to_string(), needed };
             match ends[1] - ends[0] {
                 0 if last != 0 => return Err(wrong("0 for a sequence without pages")),
                 0 => {}

@@ -41,9 +41,9 @@ impl KvShape {
     pub(crate) fn plane_bytes(&self, head_dim: usize) -> Result<(usize, usize)> {
         let vectors = self.num_pages.checked_mul(self.page_size).and_then(|n| n.checked_mul(self.num_kv_heads));
         let codes = self.format.code_bytes(head_dim);
-        let bytes = vectors.zip(codes).and_then(|(n, codes)| {
-            Some((n.checked_mul(codes)?, n.checked_mul(self.format.scale_bytes(head_dim))?))
-        });
+        let bytes = vectors
+            .zip(codes)
+            .and_then(|(n, codes)| Some((n.checked_mul(codes)?, n.checked_mul(self.format.scale_bytes(head_dim))?)));
         bytes.ok_or(Error::Overflow { operand: "kv cache".into() })
     }
 

@@ -53,10 +53,9 @@ impl OwnedPlane {
 
 /// Asks the allocator for so much: `vec![0; n]`, which gets zeroed memory that costs nothing until touched, aborts on failure.
 fn can_allocate(bytes: usize) -> Result<()> {
-    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|e| Error::Unsupported {
-        what: format!("a kv pool of {bytes} bytes"),
-        because: e.to_string(),
-    })
+    Vec::<u8>::new()
+        .try_reserve_exact(bytes)
+        .map_err(|e| Error::Unsupported { what: format!("a kv pool of {bytes} bytes"), because: e.to_string() })
 }
 
 /// Owned pages for all layers. Pages are handed out by number; each holds `page_size` tokens of K and V in every layer.
