@@ -2,14 +2,16 @@
 //!
 //! # Modules
 //!
-//! Dependencies point one way: [`num`] and [`quant`] say what numbers and matrices are; [`matmul`], [`layer`] compute on them;
-//! [`cpu`] is the machine. Operations are methods of [`Cpu`] or take one.
+//! Dependencies point one way: [`num`] and [`quant`] say what numbers and matrices are; [`matmul`], [`attention`] (over
+//! [`kv`]) and [`layer`] compute on them; [`cpu`] is the machine. Operations are methods of [`Cpu`] or take one.
 #![deny(unsafe_code)]
 
+pub mod attention;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod cpu;
 mod error;
+pub mod kv;
 pub mod layer;
 pub mod matmul;
 pub mod num;

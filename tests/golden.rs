@@ -4,3 +4,6 @@ mod support;
 
 #[path = "golden_cases/matmul.rs"]
 mod matmul;
+
+#[path = "golden_cases/attention.rs"]
+mod attention;

@@ -17,6 +17,7 @@ mod scheme;
 
 pub use buffer::QuantizedMatrixBuf;
 pub use encode::encode_mx_block;
+pub(crate) use encode::pack_nibbles;
 pub use experts::QuantizedExperts;
 pub use matrix::QuantizedMatrix;
 pub(crate) use matrix::same_k;
