@@ -7,8 +7,8 @@ use trn_kernels::attention::{AttentionOut, AttentionSpec, Queries, plan_decode};
 use trn_kernels::checkpoint::{Dense, Experts, GptOss, GptOssConfig};
 use trn_kernels::kv::{KvConfig, KvFormat, KvPool, KvSequence, PageTable, append_kv};
 use trn_kernels::layer::{
-    GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, combine_experts, embed, rms_norm,
-    route_top_k, swiglu,
+    GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, combine_experts, embed,
+    rms_norm, route_top_k, swiglu,
 };
 use trn_kernels::matmul::{Activations, MatmulOptions, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::num::{Fp8, Real};
@@ -57,8 +57,8 @@ struct Layer {
 }
 
 /// Packed weights; the embedding stays in the checkpoint.
-pub struct Model<'a> {
-    pub config: GptOssConfig,
+pub(crate) struct Model<'a> {
+    pub(crate) config: GptOssConfig,
     embedding: QuantizedMatrix<'a>,
     layers: Vec<Layer>,
     final_norm: Vec<f32>,
@@ -69,7 +69,7 @@ pub struct Model<'a> {
 
 impl<'a> Model<'a> {
     /// Packs a checkpoint layer by layer; `progress` hears of each one done.
-    pub fn load(cpu: &Cpu<'_>, source: &GptOss<'a>, mut progress: impl FnMut()) -> Result<Self> {
+    pub(crate) fn load(cpu: &Cpu<'_>, source: &GptOss<'a>, mut progress: impl FnMut()) -> Result<Self> {
         let config = source.config().clone();
         let scaling = match &config.yarn {
             None => RopeScaling::None,
@@ -123,7 +123,7 @@ impl<'a> Model<'a> {
 }
 
 /// One conversation: its KV pages, scratch memory, and what activations are.
-pub struct Session<'m, T> {
+pub(crate) struct Session<'m, T> {
     model: &'m Model<'m>,
     cpu: Cpu<'m>,
     /// Whether what enters a quantized-activation matmul is rounded to MXFP8 first.
@@ -135,8 +135,8 @@ pub struct Session<'m, T> {
     quantized: QuantizedMatrixBuf,
     buffers: Buffers<T>,
     /// Time spent in attention and in experts, for those who wonder.
-    pub attention_time: Duration,
-    pub experts_time: Duration,
+    pub(crate) attention_time: Duration,
+    pub(crate) experts_time: Duration,
 }
 
 /// Activations of a step. The residual stream is f32; what enters a matmul is `T`.
@@ -158,7 +158,13 @@ struct Buffers<T> {
 
 impl<'m, T: Real> Session<'m, T> {
     /// An empty conversation with room for `max_tokens`.
-    pub fn new(model: &'m Model<'m>, cpu: Cpu<'m>, quantize: bool, kv: KvFormat, max_tokens: usize) -> Result<Self> {
+    pub(crate) fn new(
+        model: &'m Model<'m>,
+        cpu: Cpu<'m>,
+        quantize: bool,
+        kv: KvFormat,
+        max_tokens: usize,
+    ) -> Result<Self> {
         let config = &model.config;
         let pages = max_tokens.div_ceil(PAGE_SIZE);
         let heads = config.num_key_value_heads;
@@ -180,12 +186,12 @@ impl<'m, T: Real> Session<'m, T> {
     }
 
     /// Most bytes that KV pages have taken.
-    pub fn peak_kv_bytes(&self) -> usize {
+    pub(crate) fn peak_kv_bytes(&self) -> usize {
         self.pool.peak_bytes()
     }
 
     /// Runs `tokens` behind those already seen. Afterwards [`Session::logits`] gives the logits of any of them.
-    pub fn step(&mut self, tokens: &[u32]) -> Result<()> {
+    pub(crate) fn step(&mut self, tokens: &[u32]) -> Result<()> {
         let start = self.sequence.len();
         self.sequence.grow(&mut self.pool, tokens.len())?;
         let table = PageTable::from_sequences([&self.sequence])?;
@@ -283,7 +289,7 @@ impl<'m, T: Real> Session<'m, T> {
     }
 
     /// Logits `[rows, V]` of the last `rows` tokens of the last step.
-    pub fn logits(&mut self, rows: usize, out: &mut Vec<f32>) -> Result<()> {
+    pub(crate) fn logits(&mut self, rows: usize, out: &mut Vec<f32>) -> Result<()> {
         let (model, b) = (self.model, &mut self.buffers);
         let h = model.config.hidden_size;
         let skip = b.residual.len().checked_sub(rows * h).ok_or(Error::Overflow { operand: "logit rows".into() })?;
