@@ -7,3 +7,8 @@ mod matmul;
 
 #[path = "golden_cases/attention.rs"]
 mod attention;
+
+#[path = "../examples/gpt_oss/mod.rs"]
+mod gpt_oss;
+#[path = "golden_cases/gpt_oss.rs"]
+mod gpt_oss_cases;

@@ -288,6 +288,12 @@ impl<'m, T: Real> Session<'m, T> {
         Ok(())
     }
 
+    /// The residual stream `[T, H]` behind the last layer of the last step.
+    #[allow(dead_code)] // the golden tests read it
+    pub(crate) fn residual(&self) -> &[f32] {
+        &self.buffers.residual
+    }
+
     /// Logits `[rows, V]` of the last `rows` tokens of the last step.
     pub(crate) fn logits(&mut self, rows: usize, out: &mut Vec<f32>) -> Result<()> {
         let (model, b) = (self.model, &mut self.buffers);
