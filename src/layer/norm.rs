@@ -5,7 +5,7 @@ use super::parameter;
 use super::rows::{self, RowKernel};
 use crate::cpu::{Cpu, STEP};
 use crate::error::{Error, Result, extent};
-use crate::num::Real;
+use crate::num::{Real, rounded};
 use crate::view::{MatMut, MatRef};
 
 /// `y[i, j] = x[i, j] / sqrt(mean(x[i, :]^2) + eps) * weight[j]`.
@@ -59,7 +59,7 @@ impl<T: Real, W: Real, U: Real> RowKernel<U> for RmsNorm<'_, T, W> {
         let sum = sum_of_squares(x);
         let r = if sum.is_finite() { 1.0 / (sum / x.len() as f32 + self.eps).sqrt() } else { f32::NAN };
         for ((y, x), w) in out.iter_mut().zip(x).zip(self.weight) {
-            *y = U::from_f32((x.to_f32() * r) * w.to_f32());
+            *y = rounded((x.to_f32() * r) * w.to_f32());
         }
     }
 }
