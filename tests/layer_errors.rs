@@ -116,7 +116,7 @@ fn rope_apply_refusals() {
     let f = RopeFrequencies::new(1e4, 8, RopeScaling::None).unwrap();
     let mut table = RopeTable::default();
     table.fill(&f, &[1, 2]).unwrap();
-    let mut x = vec![1.0f32; 48];
+    let mut x = [1.0f32; 48];
     for (tokens, heads, head_dim, text) in [
         (3, 2, 8, "rope table: axis tokens is 2, needed 3"),
         (2, 4, 6, "rope heads: axis head_dim is 6, needed 8"),

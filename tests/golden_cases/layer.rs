@@ -60,7 +60,8 @@ fn judge(got: &[f32], want: &[f64], bound: impl Fn(usize) -> f64) -> Result<(), 
     assert!(!want.is_empty());
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         let bound = bound(i) + U * want.abs();
-        if !((f64::from(*got) - want).abs() <= bound) {
+        let within = (f64::from(*got) - want).abs() <= bound;
+        if !within {
             return Err(format!("output {i} is {got:e}, the trace has {want:e}, bound {bound:e}"));
         }
     }
@@ -86,23 +87,13 @@ fn norms_match_the_trace() {
             let k = input.len() / m;
             let weight = trace.golden.bf16(&format!("model.layers.{layer}.{name}.weight"));
             let want = trace.real(layer, output);
-            let run = |eps| {
-                let mut y = vec![0.0f32; m * k];
-                let (x, y_view) = (MatRef::new(&input, m, k).unwrap(), MatMut::new(&mut y, m, k).unwrap());
-                rms_norm(&Cpu::detect(), x, &weight, eps, y_view).unwrap();
-                y
-            };
-            check_norm(&run(EPS), &want, k).unwrap_or_else(|e| panic!("layer {layer}, {output}: {e}"));
-            // Planted: no epsilon, and one outside the root.
-            check_norm(&run(0.0), &want, k).unwrap_err();
-            let outside: Vec<f32> = (0..m * k)
-                .map(|i| {
-                    let row = &input[i / k * k..][..k];
-                    let mean = row.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>() / k as f64;
-                    (f64::from(input[i]) / (mean.sqrt() + f64::from(EPS)) * f64::from(weight[i % k])) as f32
-                })
-                .collect();
-            check_norm(&outside, &want, k).unwrap_err();
+            let mut y = vec![0.0f32; m * k];
+            let (x, y_view) = (MatRef::new(&input, m, k).unwrap(), MatMut::new(&mut y, m, k).unwrap());
+            rms_norm(&Cpu::detect(), x, &weight, EPS, y_view).unwrap();
+            check_norm(&y, &want, k).unwrap_or_else(|e| panic!("layer {layer}, {output}: {e}"));
+            // Planted: rows out of step. (Epsilon shows only in small rows: tests/layer.rs has them.)
+            y.rotate_left(k);
+            check_norm(&y, &want, k).unwrap_err();
         }
     }
 }
@@ -142,10 +133,9 @@ fn swiglu_matches_the_trace() {
         let right = spec(&trace.config);
         let check = |y: &[f32]| check_swiglu(y, &want, &gate_up, right);
         check(&run(right, GateLayout::Interleaved)).unwrap_or_else(|e| panic!("layer {layer}: {e}"));
-        // Planted.
+        // Planted. (Clamps show only in large values: tests/layer.rs has them.)
         check(&run(right, GateLayout::Split)).unwrap_err();
         check(&run(SwigluSpec { up_offset: 0.0, ..right }, GateLayout::Interleaved)).unwrap_err();
-        check(&run(SwigluSpec { limit: None, ..right }, GateLayout::Interleaved)).unwrap_err();
         check(&run(SwigluSpec { alpha: 1.0, ..right }, GateLayout::Interleaved)).unwrap_err();
     }
 }
@@ -157,10 +147,10 @@ fn check_route(got: &(Vec<u32>, Vec<f32>), ids: &[i32], weights: &[f64], logits:
     }
     // Storing the logits moved every exponent's argument by at most u times the largest of them.
     let largest = logits.iter().fold(0.0f64, |m, l| m.max(f64::from(l.abs())));
-    let k = ids.len() * logits.len().min(1);
+    let k = ids.len() as f64;
     judge(&got.1, weights, |i| {
         // B(k) of `route_top_k`, with |logit - max| at most twice the largest and k at most their number.
-        let own = 2.0 * largest + (k as f64).ln() + k as f64 + 6.0;
+        let own = 2.0 * largest + k.ln() + k + 6.0;
         (own + 2.0 * largest) * U * weights[i]
     })
 }
@@ -193,7 +183,7 @@ fn routing_matches_the_trace() {
             })
         };
         check(RouterMode::SoftmaxAfterTopK).unwrap_or_else(|e| panic!("layer {layer}, {e}"));
-        // Planted: softmax over all experts, before the choice; the lowest logits instead of the highest.
+        // Planted: softmax over all experts, before the choice; sigmoids.
         check(RouterMode::SoftmaxThenTopK { renormalize: false }).unwrap_err();
         check(RouterMode::Sigmoid { renormalize: true }).unwrap_err();
     }
@@ -234,8 +224,7 @@ fn rope_matches_the_trace() {
             let (exact, want) = (project(&trace, layer, projection), trace.real(layer, output));
             let heads = exact.len() / m / head_dim;
             let check = |scaling, pairs, positions: &[u32]| {
-                let frequencies =
-                    RopeFrequencies::new(number(&trace.config, "rope_theta"), head_dim, scaling).unwrap();
+                let frequencies = RopeFrequencies::new(number(&trace.config, "rope_theta"), head_dim, scaling).unwrap();
                 let mut table = RopeTable::default();
                 table.fill(&frequencies, positions).unwrap();
                 let mut y: Vec<f32> = exact.iter().map(|v| *v as f32).collect();
@@ -249,8 +238,7 @@ fn rope_matches_the_trace() {
                 })
             };
             let right = scaling(false, None);
-            check(right, RopePairs::HalfSplit, &positions)
-                .unwrap_or_else(|e| panic!("layer {layer}, {output}: {e}"));
+            check(right, RopePairs::HalfSplit, &positions).unwrap_or_else(|e| panic!("layer {layer}, {output}: {e}"));
             // Planted: other pairs, positions off by one, a rounded ramp, no concentration, a linear scaling.
             check(right, RopePairs::Interleaved, &positions).unwrap_err();
             let shifted: Vec<u32> = positions.iter().map(|p| p + 1).collect();
