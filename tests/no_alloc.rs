@@ -8,9 +8,11 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use trn_kernels::layer::{
     GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, add, combine_experts,
-    rms_norm, route_top_k, swiglu,
+    rms_norm, rms_norm_quantize, route_top_k, swiglu,
 };
 use trn_kernels::matmul::{MatmulOptions, PackedExperts, RowSource};
+use trn_kernels::num::Fp8;
+use trn_kernels::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme};
 use trn_kernels::{Cpu, HeadsMut, MatMut, MatRef, Workspace};
 
 struct Counting;
@@ -70,8 +72,11 @@ fn layer_operations_allocate_nothing() {
     let frequencies = RopeFrequencies::new(10_000.0, 64, RopeScaling::None).unwrap();
     let positions: Vec<u32> = (0..m as u32).collect();
     let mut table = RopeTable::default();
+    let (mut quantized, mut ws) = (QuantizedMatrixBuf::new(), Workspace::new());
     let mut all = || {
         rms_norm(&cpu, x, &weight, 1e-5, MatMut::new(&mut y, m, k).unwrap()).unwrap();
+        let mxfp8 = (Scheme::Mxfp8(Fp8::E4M3Fn), &QuantizeOptions::default());
+        rms_norm_quantize(&cpu, x, &weight, 1e-5, mxfp8, &mut quantized, &mut ws).unwrap();
         add(&cpu, x, MatMut::new(&mut y, m, k).unwrap()).unwrap();
         table.fill(&frequencies, &positions).unwrap();
         table.apply(&cpu, RopePairs::HalfSplit, HeadsMut::new(&mut y, m, k / 64, 64).unwrap()).unwrap();

@@ -17,7 +17,7 @@ mod swiglu;
 mod tokens;
 
 pub use experts::combine_experts;
-pub use norm::rms_norm;
+pub use norm::{rms_norm, rms_norm_quantize};
 pub use residual::add;
 pub use rope::{RopeFrequencies, RopePairs, RopeScaling, RopeTable};
 pub use router::{RouterMode, route_top_k};

@@ -3,9 +3,10 @@
 
 use super::parameter;
 use super::rows::{self, RowKernel};
-use crate::cpu::{Cpu, STEP};
-use crate::error::{Error, Result, extent};
+use crate::cpu::{Cpu, STEP, Workspace};
+use crate::error::{Error, Result, extent, mul};
 use crate::num::{Real, rounded};
+use crate::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme, quantize_into};
 use crate::view::{MatMut, MatRef};
 
 /// `y[i, j] = x[i, j] / sqrt(mean(x[i, :]^2) + eps) * weight[j]`.
@@ -36,6 +37,28 @@ pub fn rms_norm<T: Real, W: Real, U: Real>(
     extent("rms_norm output", "k", y.cols(), x.cols())?;
     rows::matrix(cpu, &mut y, &RmsNorm { x, weight, eps });
     Ok(())
+}
+
+/// [`rms_norm`] to f32, quantized by [`quantize_into`] as `to` says: the activations of a quantized matmul.
+///
+/// `x`: `[m, k]`. `out` becomes `[m, k]`. Nothing is rounded between the norm's f32 and the codes. Allocates only while `out` and
+/// the workspace grow.
+///
+/// # Errors
+/// Those of [`rms_norm`] and of [`quantize_into`]; `out` is unchanged then.
+pub fn rms_norm_quantize<T: Real, W: Real>(
+    cpu: &Cpu<'_>,
+    x: MatRef<'_, T>,
+    weight: &[W],
+    eps: f32,
+    to: (Scheme, &QuantizeOptions),
+    out: &mut QuantizedMatrixBuf,
+    ws: &mut Workspace,
+) -> Result<()> {
+    let (m, k) = (x.rows(), x.cols());
+    let (scratch, _) = ws.take(mul("rms_norm input", m, k)?, 0);
+    rms_norm(cpu, x, weight, eps, MatMut::new(scratch, m, k)?)?;
+    quantize_into(MatRef::new(scratch, m, k)?, to.0, to.1, out)
 }
 
 fn check<T: Real, W>(x: MatRef<'_, T>, weight: &[W], eps: f32) -> Result<()> {
