@@ -2,6 +2,8 @@
 
 mod support;
 
+#[path = "golden_cases/layer.rs"]
+mod layer;
 #[path = "golden_cases/matmul.rs"]
 mod matmul;
 

@@ -6,8 +6,14 @@ mod random;
 use random::{RandomMatrix, Rng, SCHEMES};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use trn_kernels::layer::{
+    GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, add, combine_experts,
+    rms_norm, rms_norm_quantize, route_top_k, swiglu,
+};
 use trn_kernels::matmul::{MatmulOptions, PackedExperts, RowSource};
-use trn_kernels::{Cpu, MatMut, MatRef, Workspace};
+use trn_kernels::num::Fp8;
+use trn_kernels::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme};
+use trn_kernels::{Cpu, HeadsMut, MatMut, MatRef, Workspace};
 
 struct Counting;
 
@@ -52,6 +58,37 @@ fn allocations(f: impl FnOnce()) -> usize {
 #[test]
 fn the_counter_counts() {
     assert!(allocations(|| drop(std::hint::black_box(vec![1u8; 100]))) > 0);
+}
+
+#[test]
+fn layer_operations_allocate_nothing() {
+    let mut rng = Rng(2);
+    // More rows than one part of the work holds.
+    let (m, k) = (24, 4096);
+    let cpu = Cpu::detect();
+    let x = rng.wide(m * k, 0..=0);
+    let (x, weight) = (MatRef::new(&x, m, k).unwrap(), vec![1.0f32; k]);
+    let (mut y, mut ids, mut weights) = (vec![0.0f32; m * k], vec![0u32; m * 4], vec![0.0f32; m * 4]);
+    let frequencies = RopeFrequencies::new(10_000.0, 64, RopeScaling::None).unwrap();
+    let positions: Vec<u32> = (0..m as u32).collect();
+    let mut table = RopeTable::default();
+    let (mut quantized, mut ws) = (QuantizedMatrixBuf::new(), Workspace::new());
+    let mut all = || {
+        rms_norm(&cpu, x, &weight, 1e-5, MatMut::new(&mut y, m, k).unwrap()).unwrap();
+        let mxfp8 = (Scheme::Mxfp8(Fp8::E4M3Fn), &QuantizeOptions::default());
+        rms_norm_quantize(&cpu, x, &weight, 1e-5, mxfp8, &mut quantized, &mut ws).unwrap();
+        add(&cpu, x, MatMut::new(&mut y, m, k).unwrap()).unwrap();
+        table.fill(&frequencies, &positions).unwrap();
+        table.apply(&cpu, RopePairs::HalfSplit, HeadsMut::new(&mut y, m, k / 64, 64).unwrap()).unwrap();
+        let (i, w) = (MatMut::new(&mut ids, m, 4).unwrap(), MatMut::new(&mut weights, m, 4).unwrap());
+        route_top_k(RouterMode::SoftmaxAfterTopK, x, i, w).unwrap();
+        let w = MatRef::new(&weights[..m], m / 4, 4).unwrap();
+        combine_experts(&cpu, x, w, false, MatMut::new(&mut y[..m / 4 * k], m / 4, k).unwrap()).unwrap();
+        let out = MatMut::new(&mut y[..m * k / 2], m, k / 2).unwrap();
+        swiglu(&cpu, SwigluSpec::GPT_OSS, GateLayout::Interleaved, x, out).unwrap();
+    };
+    all();
+    assert_eq!(allocations(all), 0);
 }
 
 #[test]

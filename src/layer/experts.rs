@@ -4,7 +4,7 @@
 use super::rows::{self, RowKernel};
 use crate::cpu::Cpu;
 use crate::error::{Error, Result, extent, mul};
-use crate::num::Real;
+use crate::num::{Real, rounded};
 use crate::view::{MatMut, MatRef};
 
 /// Columns summed side by side.
@@ -57,7 +57,7 @@ impl<T: Real, U: Real> RowKernel<U> for Combine<'_, T> {
                 }
             }
             for (out, acc) in out.iter_mut().zip(acc) {
-                *out = U::from_f32(if self.accumulate { out.to_f32() + acc } else { acc });
+                *out = rounded(if self.accumulate { out.to_f32() + acc } else { acc });
             }
         }
     }

@@ -3,8 +3,8 @@
 //!
 //! Every function defines its numbers: f32 arithmetic in a stated order with [`num::math`](crate::num::math) for `exp`, each
 //! output rounded once. So the bits are equal on every CPU, tier and number of threads, and a row has the same bits alone or in
-//! a batch. Each states an error bound; `u` is 2^-24, the unit roundoff of f32. NaN in gives NaN out in every output it
-//! touches. The functions that take a [`Cpu`](crate::Cpu) work row by row and split rows over its threads.
+//! a batch. Each states an error bound; `u` is 2^-24, the unit roundoff of f32. NaN in gives NaN out (the one NaN 0x7FC00000,
+//! rounded) in every output it touches. The functions that take a [`Cpu`](crate::Cpu) work row by row and split rows over its threads.
 #![forbid(unsafe_code)]
 
 mod experts;
@@ -17,7 +17,7 @@ mod swiglu;
 mod tokens;
 
 pub use experts::combine_experts;
-pub use norm::rms_norm;
+pub use norm::{rms_norm, rms_norm_quantize};
 pub use residual::add;
 pub use rope::{RopeFrequencies, RopePairs, RopeScaling, RopeTable};
 pub use router::{RouterMode, route_top_k};

@@ -3,9 +3,10 @@
 
 use super::parameter;
 use super::rows::{self, RowKernel};
-use crate::cpu::{Cpu, STEP};
-use crate::error::{Error, Result, extent};
-use crate::num::Real;
+use crate::cpu::{Cpu, STEP, Workspace};
+use crate::error::{Error, Result, extent, mul};
+use crate::num::{Real, rounded};
+use crate::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme, quantize_into};
 use crate::view::{MatMut, MatRef};
 
 /// `y[i, j] = x[i, j] / sqrt(mean(x[i, :]^2) + eps) * weight[j]`.
@@ -38,6 +39,28 @@ pub fn rms_norm<T: Real, W: Real, U: Real>(
     Ok(())
 }
 
+/// [`rms_norm`] to f32, quantized by [`quantize_into`] as `to` says: the activations of a quantized matmul.
+///
+/// `x`: `[m, k]`. `out` becomes `[m, k]`. Nothing is rounded between the norm's f32 and the codes. Allocates only while `out` and
+/// the workspace grow.
+///
+/// # Errors
+/// Those of [`rms_norm`] and of [`quantize_into`]; `out` is unchanged then.
+pub fn rms_norm_quantize<T: Real, W: Real>(
+    cpu: &Cpu<'_>,
+    x: MatRef<'_, T>,
+    weight: &[W],
+    eps: f32,
+    to: (Scheme, &QuantizeOptions),
+    out: &mut QuantizedMatrixBuf,
+    ws: &mut Workspace,
+) -> Result<()> {
+    let (m, k) = (x.rows(), x.cols());
+    let (scratch, _) = ws.take(mul("rms_norm input", m, k)?, 0);
+    rms_norm(cpu, x, weight, eps, MatMut::new(scratch, m, k)?)?;
+    quantize_into(MatRef::new(scratch, m, k)?, to.0, to.1, out)
+}
+
 fn check<T: Real, W>(x: MatRef<'_, T>, weight: &[W], eps: f32) -> Result<()> {
     if x.cols() == 0 {
         return Err(Error::Empty { operand: "rms_norm input".into(), axis: "k" });
@@ -59,7 +82,7 @@ impl<T: Real, W: Real, U: Real> RowKernel<U> for RmsNorm<'_, T, W> {
         let sum = sum_of_squares(x);
         let r = if sum.is_finite() { 1.0 / (sum / x.len() as f32 + self.eps).sqrt() } else { f32::NAN };
         for ((y, x), w) in out.iter_mut().zip(x).zip(self.weight) {
-            *y = U::from_f32((x.to_f32() * r) * w.to_f32());
+            *y = rounded((x.to_f32() * r) * w.to_f32());
         }
     }
 }

@@ -4,7 +4,7 @@
 use super::rows::{self, RowKernel};
 use crate::cpu::Cpu;
 use crate::error::{Result, extent};
-use crate::num::Real;
+use crate::num::{Real, rounded};
 use crate::view::{MatMut, MatRef};
 
 /// `residual[i, j] += delta[i, j]`, added in f32 and rounded once to the residual's type. Both are `[m, k]`.
@@ -27,7 +27,7 @@ impl<T: Real, D: Real> RowKernel<T> for Add<'_, D> {
     fn row(&self, i: usize, out: &mut [T]) {
         let Some(delta) = self.delta.row(i) else { return };
         for (x, d) in out.iter_mut().zip(delta) {
-            *x = T::from_f32(x.to_f32() + d.to_f32());
+            *x = rounded(x.to_f32() + d.to_f32());
         }
     }
 }

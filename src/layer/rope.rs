@@ -5,7 +5,7 @@ use super::parameter;
 use super::rows::{self, RowKernel};
 use crate::cpu::Cpu;
 use crate::error::{Error, Result, extent, mul, multiple};
-use crate::num::Real;
+use crate::num::{Real, rounded};
 use crate::view::HeadsMut;
 use std::f64::consts::PI;
 
@@ -268,7 +268,7 @@ impl<T: Real> RowKernel<T> for Rotate<'_> {
 #[inline(always)]
 fn rotated<T: Real>(x: T, y: T, cos: f32, sin: f32) -> (T, T) {
     let (x, y) = (x.to_f32(), y.to_f32());
-    (T::from_f32(x.mul_add(cos, -(y * sin))), T::from_f32(y.mul_add(cos, x * sin)))
+    (rounded(x.mul_add(cos, -(y * sin))), rounded(y.mul_add(cos, x * sin)))
 }
 
 /// Room for `len` elements, or an error where `Vec` would abort.

@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result, extent};
 use crate::num::math::{exp, sigmoid};
+use crate::num::rounded;
 use crate::view::{MatMut, MatRef};
 
 /// How the chosen experts' logits become weights.
@@ -63,6 +64,7 @@ pub fn route_top_k(
                 *weight = logits[id as usize];
             }
             weigh(mode, logits, weights);
+            weights.iter_mut().for_each(|w| *w = rounded(*w));
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ use super::parameter;
 use super::rows::{self, RowKernel};
 use crate::cpu::Cpu;
 use crate::error::{Result, extent, mul};
-use crate::num::{Real, math};
+use crate::num::{Real, math, rounded};
 use crate::view::{MatMut, MatRef};
 
 /// `g * sigmoid(alpha * g) * (u + up_offset)` with `g = min(gate, limit)` and `u = clamp(up, -limit, limit)`.
@@ -90,13 +90,13 @@ impl<T: Real, U: Real> RowKernel<U> for Swiglu<'_, T> {
         match self.layout {
             GateLayout::Interleaved => {
                 for (y, pair) in out.iter_mut().zip(row.chunks_exact(2)) {
-                    *y = U::from_f32(self.spec.apply(pair[0].to_f32(), pair[1].to_f32()));
+                    *y = rounded(self.spec.apply(pair[0].to_f32(), pair[1].to_f32()));
                 }
             }
             GateLayout::Split => {
                 let (gate, up) = row.split_at(row.len() / 2);
                 for ((y, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                    *y = U::from_f32(self.spec.apply(gate.to_f32(), up.to_f32()));
+                    *y = rounded(self.spec.apply(gate.to_f32(), up.to_f32()));
                 }
             }
         }

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, Result, extent};
-use crate::num::Real;
+use crate::num::{Real, rounded};
 use crate::quant::QuantizedMatrix;
 use crate::view::MatMut;
 
@@ -21,7 +21,7 @@ pub fn embed<U: Real>(table: &QuantizedMatrix<'_>, tokens: &[u32], mut out: MatM
     }
     for (i, &token) in tokens.iter().enumerate() {
         for (col, y) in out.row_mut(i).unwrap_or_default().iter_mut().enumerate() {
-            *y = U::from_f32(table.value(token as usize, col).map_or(f32::NAN, |v| v as f32));
+            *y = rounded(table.value(token as usize, col).map_or(f32::NAN, |v| v as f32));
         }
     }
     Ok(())

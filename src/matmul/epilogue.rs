@@ -3,7 +3,7 @@
 
 use super::operand::Output;
 use crate::cpu::LANES;
-use crate::num::{Real, math};
+use crate::num::{Real, math, rounded};
 use crate::view::MatMut;
 
 /// Element-wise function applied last.
@@ -95,8 +95,7 @@ impl<'a> RowEpilogue<'a> {
                 v += y.to_f32();
             }
             v = self.activation.apply(v);
-            // One NaN: its payload would otherwise depend on the order in which a CPU sees operands.
-            *y = T::from_f32(if v.is_nan() { f32::NAN } else { v });
+            *y = rounded(v);
         }
     }
 }

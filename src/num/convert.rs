@@ -76,6 +76,13 @@ real!(f32, F32, "f32", std::convert::identity, std::convert::identity);
 real!(bf16, Bf16, "bf16", bf16::to_f32, bf16::from_f32);
 real!(f16, F16, "f16", f16::to_f32, f16::from_f32);
 
+/// `x` rounded for an output, every NaN as the one NaN: its payload would otherwise depend on the order in which a CPU sees
+/// operands.
+#[inline(always)]
+pub(crate) fn rounded<T: Real>(x: f32) -> T {
+    T::from_f32(if x.is_nan() { f32::NAN } else { x })
+}
+
 /// Codes of `format` to values. Every FP8 value is exact in f32, bf16 and f16.
 ///
 /// # Errors

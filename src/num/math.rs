@@ -73,7 +73,7 @@ pub fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 8.333_452e-3);
     let p = p.mul_add(r, 4.166_579_6e-2);
     let p = p.mul_add(r, 1.666_666_5e-1);
-    let p = p.mul_add(r, 5.000_000_1e-1);
+    let p = p.mul_add(r, 0.5);
     let e = (r * r).mul_add(p, r) + 1.0;
     // 2^n in two factors: n reaches 128 and -127, each half stays a normal power.
     let n = (rounded.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
@@ -120,10 +120,10 @@ pub fn tanh(x: f32) -> f32 {
     } else if a < 0.625 {
         let s = x * x;
         let p = -5.704_988_7e-3f32;
-        let p = p.mul_add(s, 2.063_908_9e-2);
+        let p = p.mul_add(s, 2.063_909e-2);
         let p = p.mul_add(s, -5.373_971_6e-2);
         let p = p.mul_add(s, 1.333_144_2e-1);
-        let p = p.mul_add(s, -3.333_328_2e-1);
+        let p = p.mul_add(s, -3.333_328e-1);
         (p * s).mul_add(x, x)
     } else {
         let t = 1.0 - 2.0 / (exp(2.0 * a) + 1.0);

@@ -12,6 +12,7 @@ mod fp8;
 pub mod math;
 
 pub use bridge::{BridgeReport, halve_for_ieee, to_ieee};
+pub(crate) use convert::rounded;
 pub use convert::{Real, RealSlice, RealSliceMut, bf16_from_f64, decode_slice, encode_slice};
 pub use e8m0::E8M0;
 pub use format::{Format, Overflow, Specials};
