@@ -2,5 +2,8 @@
 
 mod support;
 
+#[path = "golden_cases/layouts.rs"]
+mod layouts;
+
 #[path = "golden_cases/matmul.rs"]
 mod matmul;
