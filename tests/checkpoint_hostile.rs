@@ -270,7 +270,7 @@ fn folders_that_lie_are_refused() {
     // Two shards with the same tensor: which holds is not clear.
     fs::copy(path.join("a.safetensors"), path.join("b.safetensors")).unwrap();
     index(r#"{"weight_map":{"p.weight":"a.safetensors","p.bias":"b.safetensors"}}"#);
-    refused(Checkpoint::read(path), &["b.safetensors: tensor `p.bias`", "is already in", "a.safetensors"]);
+    refused(Checkpoint::read(path), &["b.safetensors: tensor `p.weight`", "is already in", "a.safetensors"]);
     // The named shard is a folder.
     fs::create_dir(path.join("c.safetensors")).unwrap();
     index(r#"{"weight_map":{"p.weight":"c.safetensors"}}"#);
