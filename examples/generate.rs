@@ -213,7 +213,8 @@ fn reference_prompt(model: &Path) -> Result<Vec<u32>, Box<dyn Error>> {
     }
     let reference = Checkpoint::read(&path)?;
     let prompt = reference.tensor("prompt")?;
-    let ids = prompt.bytes.chunks_exact(8).map(|id| u32::try_from(i64::from_le_bytes(id.try_into().unwrap_or_default())));
+    let ids =
+        prompt.bytes.chunks_exact(8).map(|id| u32::try_from(i64::from_le_bytes(id.try_into().unwrap_or_default())));
     Ok(ids.collect::<Result<_, _>>()?)
 }
 

@@ -8,6 +8,7 @@ use files::{GgufFile, exercise_checkpoint, exercise_gguf, gguf_array, gguf_strin
 use proptest::prelude::*;
 use std::fs;
 use trn_kernels::checkpoint::{Checkpoint, Gguf};
+use trn_kernels::quant::{QuantizedExperts, QuantizedMatrix};
 use trn_kernels::{Error, Result};
 
 /// The message, which must hold all of `parts`.
@@ -110,7 +111,7 @@ fn a_tensor_of_another_dtype_or_shape_is_named() {
     refused(weight.expect_shape(&[("n", 2)]), &["p.weight: has shape [2, 32], needed [2]"]);
     let bias = checkpoint.tensor("p.bias").unwrap();
     refused(bias.scalar(), &["p.bias: has shape [2], needed one element"]);
-    refused(bias.matrix_shape(), &["p.bias: has shape [2], needed two axes"]);
+    refused(bias.matrix_shape(), &["p.bias: has shape [2], needed 2 axes"]);
 }
 
 /// Layers that must be refused: tensors, and what the message says.
@@ -333,21 +334,30 @@ fn gguf_fields_that_lie_are_refused_by_name() {
 }
 
 #[test]
-fn gguf_tensors_of_another_kind_are_refused_by_name() {
+fn tensors_of_another_kind_or_of_no_bytes_are_refused_by_name() {
     let file = gguf(&GgufFile::good()).unwrap();
     refused(file.tensor("absent"), &["absent: missing", "file.gguf"]);
     refused(file.value("absent"), &["absent: missing"]);
-    refused(file.matrix("norm"), &["norm: has shape [3], needed two axes"]);
-    refused(file.matrix("experts"), &["experts: has shape [2, 1, 32], needed two axes"]);
-    refused(file.experts("weight"), &["weight: has shape [2, 64], needed three axes"]);
+    refused(file.matrix("norm"), &["norm: has shape [3], needed 2 axes"]);
+    refused(file.matrix("experts"), &["experts: has shape [2, 1, 32], needed 2 axes"]);
+    refused(file.experts("weight"), &["weight: has shape [2, 64], needed 3 axes"]);
     refused(file.f32("weight"), &["weight: MXFP4 is not supported"]);
     let mut floats = GgufFile::good();
     floats.tensors[0].extents = vec![3, 1];
     refused(gguf(&floats).unwrap().matrix("norm"), &["norm: F32 is not supported"]);
-    // No bytes at all would do for any number of experts.
+    // No bytes at all would do for any number of experts or rows.
     let mut none = GgufFile::good();
     none.tensors[2].extents = vec![0, 1, 1 << 50];
-    refused(gguf(&none).unwrap().experts("experts"), &["experts: axis k is empty"]);
+    none.tensors[1].extents = vec![0, 1 << 50];
+    let none = gguf(&none).unwrap();
+    refused(none.experts("experts"), &["experts: axis k is empty"]);
+    refused(none.matrix("weight"), &["weight: axis k is empty"]);
+    let rows = 1usize << 50;
+    let none = open(safetensors(&[("p.weight", "BF16", &[rows, 0], &[])])).unwrap();
+    refused(none.linear("p"), &["p.weight: axis k is empty"]);
+    assert!(QuantizedMatrix::bf16(rows, 0, &[]).unwrap().check_finite().is_ok());
+    refused(QuantizedExperts::mxfp4(rows, 1, 0, &[], &[]), &["experts: axis k is empty"]);
+    refused(QuantizedExperts::mxfp4(rows, 0, 32, &[], &[]), &["experts: axis n is empty"]);
 }
 
 proptest! {

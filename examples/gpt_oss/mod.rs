@@ -7,8 +7,8 @@ use trn_kernels::attention::{AttentionOut, AttentionSpec, Queries, plan_decode};
 use trn_kernels::checkpoint::{Dense, Experts, GptOss, GptOssConfig};
 use trn_kernels::kv::{KvConfig, KvFormat, KvPool, KvSequence, PageTable, append_kv};
 use trn_kernels::layer::{
-    GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, combine_experts, embed, rms_norm,
-    route_top_k, swiglu,
+    GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, combine_experts, embed,
+    rms_norm, route_top_k, swiglu,
 };
 use trn_kernels::matmul::{Activations, MatmulOptions, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::num::{Fp8, Real};
