@@ -2,15 +2,15 @@
 
 mod support;
 
-#[path = "golden_cases/layer.rs"]
-mod layer;
-#[path = "golden_cases/matmul.rs"]
-mod matmul;
-
 #[path = "golden_cases/attention.rs"]
 mod attention;
-
 #[path = "../examples/gpt_oss/mod.rs"]
 mod gpt_oss;
 #[path = "golden_cases/gpt_oss.rs"]
 mod gpt_oss_cases;
+#[path = "golden_cases/layer.rs"]
+mod layer;
+#[path = "golden_cases/layouts.rs"]
+mod layouts;
+#[path = "golden_cases/matmul.rs"]
+mod matmul;

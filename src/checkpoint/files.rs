@@ -133,8 +133,11 @@ impl Checkpoint {
                     slot.insert(Place { file, dtype: entry.dtype, shape: entry.shape, range: entry.range });
                 }
                 Slot::Occupied(slot) => {
-                    let first = self.files.get(slot.get().file).map_or(at.as_str(), |f| f.at.as_str());
-                    return Err(bad(format!("{at}: tensor `{}`", slot.key()), format!("is already in {first}")));
+                    let problem = match self.files.get(slot.get().file) {
+                        Some(first) => format!("is already in {}", first.at),
+                        None => "is there twice".into(),
+                    };
+                    return Err(bad(format!("{at}: tensor `{}`", slot.key()), problem));
                 }
             }
         }

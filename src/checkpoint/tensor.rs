@@ -54,12 +54,9 @@ impl<'a> Tensor<'a> {
     /// The extents `[n, k]` of a matrix.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] unless there are two axes.
+    /// [`Error::Checkpoint`] unless there are two axes; [`Error::Empty`] if one is 0.
     pub fn matrix_shape(&self) -> Result<(usize, usize)> {
-        match *self.shape {
-            [n, k] => Ok((n, k)),
-            _ => Err(bad(self.name, format!("has shape {:?}, needed two axes", self.shape))),
-        }
+        extents(self.name, self.shape, ["n", "k"]).map(|[n, k]| (n, k))
     }
 
     /// Number of elements.
@@ -100,10 +97,21 @@ impl<'a> Tensor<'a> {
     /// A BF16 matrix `[n, k]`, borrowed.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for another dtype or number of axes.
+    /// [`Error::Checkpoint`] for another dtype or number of axes; [`Error::Empty`] if one is 0.
     pub fn bf16_matrix(&self) -> Result<QuantizedMatrix<'a>> {
         self.expect_dtype(&[Dtype::BF16])?;
         let (n, k) = self.matrix_shape()?;
         QuantizedMatrix::bf16(n, k, self.bytes)
+    }
+}
+
+/// The extents of a weight. None may be 0: a file of no bytes could claim 2^60 rows, and whoever walks them would never end.
+pub(super) fn extents<const N: usize>(name: &str, shape: &[usize], axes: [&'static str; N]) -> Result<[usize; N]> {
+    let Some(shape) = shape.first_chunk().filter(|_| shape.len() == N) else {
+        return Err(bad(name, format!("has shape {shape:?}, needed {N} axes")));
+    };
+    match shape.iter().zip(axes).find(|(extent, _)| **extent == 0) {
+        Some((_, axis)) => Err(Error::Empty { operand: name.to_owned().into(), axis }),
+        None => Ok(*shape),
     }
 }

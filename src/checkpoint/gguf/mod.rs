@@ -12,6 +12,7 @@ pub use value::{Array, Value, ValueType};
 
 use super::bad;
 use super::bytes::{Bytes, bf16s, f16s, f32s};
+use super::tensor::extents;
 use crate::error::{Error, Result, mul};
 use crate::quant::{QuantizedExperts, QuantizedMatrix};
 use cursor::Cursor;
@@ -143,25 +144,21 @@ impl Gguf {
     /// A weight `[n, k]`, borrowed: MXFP4 or BF16.
     ///
     /// # Errors
-    /// [`Error::Missing`]; [`Error::Checkpoint`] unless there are two axes; [`Error::Unsupported`] for other types, naming the
-    /// tensor.
+    /// [`Error::Missing`]; [`Error::Checkpoint`] unless there are two axes; [`Error::Empty`] if one is 0;
+    /// [`Error::Unsupported`] for other types; each names the tensor.
     pub fn matrix(&self, name: &str) -> Result<QuantizedMatrix<'_>> {
         let tensor = self.tensor(name)?;
-        match *tensor.shape {
-            [n, k] => tensor.rows(n, k, tensor.bytes),
-            _ => Err(bad(name, format!("has shape {:?}, needed two axes", tensor.shape))),
-        }
+        let [n, k] = extents(name, tensor.shape, ["n", "k"])?;
+        tensor.rows(n, k, tensor.bytes)
     }
 
     /// Expert weights `[experts, n, k]`, borrowed: MXFP4 or BF16.
     ///
     /// # Errors
-    /// As [`Gguf::matrix`], with three axes; [`Error::Empty`] if one is 0.
+    /// As [`Gguf::matrix`], with three axes.
     pub fn experts(&self, name: &str) -> Result<QuantizedExperts<'_>> {
         let tensor = self.tensor(name)?;
-        let [experts, n, k] = *tensor.shape else {
-            return Err(bad(name, format!("has shape {:?}, needed three axes", tensor.shape)));
-        };
+        let [experts, n, k] = extents(name, tensor.shape, ["expert", "n", "k"])?;
         QuantizedExperts::split(&tensor.rows(mul("experts", experts, n)?, k, tensor.bytes)?, experts)
     }
 

@@ -52,7 +52,7 @@ pub struct Yarn {
     /// How much longer the context became, at least 1.
     pub factor: f64,
     /// The context, in tokens, that the model was first trained on.
-    pub original_context: f64,
+    pub original_context: usize,
     /// Rotations within the original context above which a frequency stays as it is (`ntk_beta`).
     pub beta_fast: f64,
     /// Rotations below which a frequency is divided by `factor` (`ntk_alpha`).
@@ -62,9 +62,6 @@ pub struct Yarn {
 }
 
 impl GptOssConfig {
-    /// `alpha` of the experts' SwiGLU, `g * sigmoid(alpha g)`. A constant of the architecture: no config has it.
-    pub const SWIGLU_ALPHA: f64 = 1.702;
-
     /// Reads the text of a `config.json`: Hugging Face (`num_local_experts`) or original (`num_experts`). `name` stands for
     /// the file in messages.
     ///
@@ -170,10 +167,12 @@ impl GptOssConfig {
         if let Some(y) = &self.yarn {
             positive.extend([
                 ("rope scaling factor", y.factor),
-                ("rope scaling original context", y.original_context),
                 ("rope scaling beta_fast", y.beta_fast),
                 ("rope scaling beta_slow", y.beta_slow),
             ]);
+            if y.original_context == 0 {
+                return Err(bad(format!("{at}: rope scaling original context"), "is 0, needed at least 1"));
+            }
             if y.factor < 1.0 {
                 return Err(bad(format!("{at}: rope scaling factor"), format!("is {}, needed at least 1", y.factor)));
             }
@@ -322,9 +321,9 @@ impl Fields<'_> {
         Ok(Some(Yarn {
             factor: rope.number("factor")?,
             original_context: if rope.given(context) {
-                rope.number(context)?
+                rope.size(context)?
             } else {
-                self.number("initial_context_length")?
+                self.size("initial_context_length")?
             },
             beta_fast: rope.number("beta_fast")?,
             beta_slow: rope.number("beta_slow")?,
@@ -341,7 +340,7 @@ impl Fields<'_> {
         }
         Ok(Some(Yarn {
             factor,
-            original_context: self.number("initial_context_length")?,
+            original_context: self.size("initial_context_length")?,
             beta_fast: self.number("rope_ntk_beta")?,
             beta_slow: self.number("rope_ntk_alpha")?,
             truncate: false,

@@ -1,0 +1,50 @@
+//! Writes small valid files to start fuzzing from: `seeds CORPUS_DIR` fills one folder for each target.
+#![forbid(unsafe_code)]
+
+#[path = "../../tests/support/files.rs"]
+mod files;
+
+use files::{GgufFile, gguf_array, gguf_string, safetensors};
+use std::path::{Path, PathBuf};
+use std::{env, fs, io};
+
+fn write(dir: &Path, target: &str, name: &str, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+    let dir = dir.join(target);
+    fs::create_dir_all(&dir)?;
+    fs::write(dir.join(name), bytes)
+}
+
+fn main() -> io::Result<()> {
+    let corpus = PathBuf::from(env::args_os().nth(1).ok_or(io::Error::other("usage: seeds CORPUS_DIR"))?);
+    let one = 1.0f32.to_le_bytes();
+    type Layer<'a> = &'a [(&'a str, &'a str, &'a [usize], &'a [u8])];
+    let layers: [(&str, Layer<'_>); 7] = [
+        ("dense", &[("p.weight", "BF16", &[1, 2], &[0; 4]), ("p.bias", "F32", &[1], &one)]),
+        ("tensor", &[("p.weight", "F8_E4M3", &[1, 2], &[1; 2]), ("p.weight_scale", "F32", &[], &one)]),
+        ("block", &[("p.weight", "F8_E5M2", &[1, 2], &[1; 2]), ("p.weight_scale_inv", "F32", &[1, 1], &one)]),
+        ("mxfp8", &[("p.weight", "F8_E4M3", &[1, 32], &[1; 32]), ("p.weight_scale", "U8", &[1, 1], &[127])]),
+        ("mxfp4", &[("p.weight_packed", "U8", &[1, 16], &[1; 16]), ("p.weight_scale", "U8", &[1, 1], &[127])]),
+        (
+            "nvfp4",
+            &[
+                ("p.weight_packed", "U8", &[1, 8], &[1; 8]),
+                ("p.weight_scale", "F8_E4M3", &[1, 1], &[0x38]),
+                ("p.weight_global_scale", "F32", &[1], &one),
+            ],
+        ),
+        ("kv", &[("a.k_scale", "F32", &[], &one), ("a.v_proj.v_scale", "F32", &[1], &one)]),
+    ];
+    for (name, tensors) in layers {
+        write(&corpus, "safetensors", name, safetensors(tensors))?;
+    }
+    write(&corpus, "gguf", "all-values", GgufFile::good().bytes())?;
+    let bare = GgufFile { keys: vec![], ..GgufFile::good() };
+    let words = gguf_array(8, 2, &[gguf_string("a"), gguf_string("b")].concat());
+    write(&corpus, "gguf", "tensors", bare.bytes())?;
+    write(&corpus, "gguf", "words", GgufFile { version: 2, ..bare }.with_key("words", 9, words).bytes())?;
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-gpt-oss");
+    for (name, path) in [("hugging-face", "config.json"), ("original", "original/config.json")] {
+        write(&corpus, "gpt_oss_config", name, fs::read(models.join(path))?)?;
+    }
+    Ok(())
+}
