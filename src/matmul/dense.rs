@@ -1,7 +1,7 @@
 //! Dense matmul.
 #![forbid(unsafe_code)]
 
-use super::driver::{Plan, Rows, run};
+use super::driver::{Plan, Problem, Rows};
 use super::epilogue::{MatmulOptions, RowEpilogue};
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
@@ -36,7 +36,7 @@ impl Cpu<'_> {
         let plan = Plan::new(self, &x, w, x.m())?;
         let (scratch, _) = workspace.take(plan.scratch(w, x.m()), 0);
         let epilogue = RowEpilogue::new(options, options.bias);
-        run(self, plan, &x, w, Rows::Range { start: 0, len: x.m() }, &epilogue, &mut y, scratch);
+        Problem { cpu: self, plan, x: &x, w }.run(Rows::Range { start: 0, len: x.m() }, &epilogue, &mut y, scratch);
         Ok(())
     }
 }

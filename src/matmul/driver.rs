@@ -91,7 +91,7 @@ impl Plan {
         Ok(Plan { rows, task_panels, tasks: panels.div_ceil(task_panels), tile })
     }
 
-    /// f32 of scratch that [`run`] needs for at most `m` rows.
+    /// f32 of scratch that [`Problem::run`] needs for at most `m` rows.
     pub(super) fn scratch(&self, w: &PackedMatrix, m: usize) -> usize {
         if w.n() == 0 || m == 0 {
             return 0;
@@ -113,68 +113,63 @@ fn refused(what: String) -> Error {
     Error::Unsupported { what, because: format!("tiles must nest and be multiples of the canonical step of {STEP}") }
 }
 
-/// Computes the given rows. `scratch` holds [`Plan::scratch`]; extents were checked.
-pub(super) fn run(
-    cpu: &Cpu<'_>,
-    plan: Plan,
-    x: &Activations<'_>,
-    w: &PackedMatrix,
-    rows: Rows<'_>,
-    epilogue: &RowEpilogue<'_>,
-    y: &mut Output<'_>,
-    scratch: &mut [f32],
-) {
-    if w.n() == 0 || rows.len() == 0 {
-        return;
-    }
-    let padded_k = w.padded_k();
-    let (a, scratch) = scratch.split_at_mut(plan.rows * padded_k);
-    let (sums, scratch) = scratch.split_at_mut(plan.sums(w));
-    let mut first = 0;
-    while first < rows.len() {
-        let count = plan.rows.min(rows.len() - first);
-        let mut seen = Smallest::BF16;
-        for i in 0..count {
-            let row = &mut a[i * padded_k..(i + 1) * padded_k];
-            seen = seen.merge(x.load(rows.source(first + i), row));
+/// One weight matrix and the activations that meet it; extents were checked.
+#[derive(Clone, Copy)]
+pub(super) struct Problem<'a> {
+    pub(super) cpu: &'a Cpu<'a>,
+    pub(super) plan: Plan,
+    pub(super) x: &'a Activations<'a>,
+    pub(super) w: &'a PackedMatrix,
+}
+
+impl Problem<'_> {
+    /// Computes the given rows of y. `scratch` holds [`Plan::scratch`].
+    pub(super) fn run(&self, rows: Rows<'_>, epilogue: &RowEpilogue<'_>, y: &mut Output<'_>, scratch: &mut [f32]) {
+        let Problem { cpu, plan, x, w } = *self;
+        if w.n() == 0 || rows.len() == 0 {
+            return;
         }
-        let flush = !flush_free(seen, w.smallest());
-        let block = Block { cpu, plan, x, w, rows, first, count, a, flush };
-        let sums = &mut sums[..w.panels() * count * LANES];
-        let task = plan.task_panels * count * LANES;
-        for_each_zip(
-            cpu.parallelism(),
-            (&mut *sums, task),
-            (&mut *scratch, plan.task_scratch()),
-            |t, sums, scratch| {
+        let padded_k = w.padded_k();
+        let (a, scratch) = scratch.split_at_mut(plan.rows * padded_k);
+        let (sums, scratch) = scratch.split_at_mut(plan.sums(w));
+        let mut first = 0;
+        while first < rows.len() {
+            let count = plan.rows.min(rows.len() - first);
+            let mut seen = Smallest::BF16;
+            for i in 0..count {
+                let row = &mut a[i * padded_k..(i + 1) * padded_k];
+                seen = seen.merge(x.load(rows.source(first + i), row));
+            }
+            let flush = !flush_free(seen, w.smallest());
+            let block = Block { problem: *self, rows, first, count, a, flush };
+            let sums = &mut sums[..w.panels() * count * LANES];
+            let (task, task_scratch) = (plan.task_panels * count * LANES, plan.task_scratch());
+            for_each_zip(cpu.parallelism(), (&mut *sums, task), (&mut *scratch, task_scratch), |t, sums, scratch| {
                 for (p, sums) in sums.chunks_exact_mut(count * LANES).enumerate() {
                     block.panel(t * plan.task_panels + p, sums.as_chunks_mut().0, scratch);
                 }
-            },
-        );
-        for i in 0..count {
-            let (source, destination) = (rows.source(first + i), rows.destination(first + i));
-            let of_row = if x.scale_tile().is_some() { 1.0 } else { x.outer_scale(source, 0) };
-            epilogue.store(y, destination, |j| {
-                let of_column = match w.outer() {
-                    Outer::Tensor(s) => *s,
-                    Outer::Channel(s) => s[j],
-                    Outer::Tiles { .. } => 1.0,
-                };
-                sums[panel_index(j, i, count)] * of_column * of_row
             });
+            for i in 0..count {
+                let (source, destination) = (rows.source(first + i), rows.destination(first + i));
+                let of_row = if x.scale_tile().is_some() { 1.0 } else { x.outer_scale(source, 0) };
+                epilogue.store(y, destination, |j| {
+                    let of_column = match w.outer() {
+                        Outer::Tensor(s) => *s,
+                        Outer::Channel(s) => s[j],
+                        Outer::Tiles { .. } => 1.0,
+                    };
+                    sums[panel_index(j, i, count)] * of_column * of_row
+                });
+            }
+            first += count;
         }
-        first += count;
     }
 }
 
 /// A block of rows against all panels.
 #[derive(Clone, Copy)]
 struct Block<'a> {
-    cpu: &'a Cpu<'a>,
-    plan: Plan,
-    x: &'a Activations<'a>,
-    w: &'a PackedMatrix,
+    problem: Problem<'a>,
     rows: Rows<'a>,
     first: usize,
     count: usize,
@@ -184,42 +179,44 @@ struct Block<'a> {
 
 impl Block<'_> {
     fn panel(&self, panel: usize, acc: &mut [[f32; LANES]], scratch: &mut [f32]) {
+        let Problem { cpu, plan, x, w } = self.problem;
         let (decoded, scratch) = scratch.split_at_mut(STEPS * STEP * LANES);
-        let (part, row_scales) = scratch.split_at_mut(self.plan.rows * LANES);
+        let (part, row_scales) = scratch.split_at_mut(plan.rows * LANES);
         let (part, row_scales) = (&mut part.as_chunks_mut().0[..self.count], &mut row_scales[..self.count]);
         acc.fill([0.0; LANES]);
-        let padded_k = self.w.padded_k();
-        let Some(tile) = self.plan.tile else {
+        let padded_k = w.padded_k();
+        let Some(tile) = plan.tile else {
             return self.sum(panel, 0, padded_k, decoded, acc);
         };
-        for start in (0..self.w.k()).step_by(tile) {
+        for start in (0..w.k()).step_by(tile) {
             part.fill([0.0; LANES]);
             self.sum(panel, start, start.saturating_add(tile).min(padded_k), decoded, part);
-            let tiled = self.x.scale_tile().is_some();
+            let tiled = x.scale_tile().is_some();
             for (i, scale) in row_scales.iter_mut().enumerate() {
-                *scale = if tiled { self.x.outer_scale(self.rows.source(self.first + i), start) } else { 1.0 };
+                *scale = if tiled { x.outer_scale(self.rows.source(self.first + i), start) } else { 1.0 };
             }
-            let lanes = std::array::from_fn(|l| match self.w.outer() {
+            let lanes = std::array::from_fn(|l| match w.outer() {
                 Outer::Tiles { n, k, row, scales } => {
-                    let column = (panel * LANES + l).min(self.w.n() - 1);
+                    let column = (panel * LANES + l).min(w.n() - 1);
                     scales[column / n * row + start / k]
                 }
                 _ => 1.0,
             });
-            self.cpu.tier().add_scaled(part, row_scales, &lanes, acc);
+            cpu.tier().add_scaled(part, row_scales, &lanes, acc);
         }
     }
 
     /// `acc += a . w` over k in `start..end`, both on steps.
     fn sum(&self, panel: usize, start: usize, end: usize, decoded: &mut [f32], acc: &mut [[f32; LANES]]) {
-        let tier = self.cpu.tier();
+        let Problem { cpu, w, .. } = self.problem;
+        let tier = cpu.tier();
         let (mut step, last) = (start / STEP, end / STEP);
         while step < last {
             let next = (step + STEPS).min(last);
-            self.w.decode(tier, panel, step..next, decoded);
+            w.decode(tier, panel, step..next, decoded);
             let dot = PanelDot {
                 a: &self.a[step * STEP..],
-                a_stride: self.w.padded_k(),
+                a_stride: w.padded_k(),
                 b: decoded,
                 b_stride: LANES,
                 k: (0, (next - step) * STEP),

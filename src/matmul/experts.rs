@@ -1,7 +1,7 @@
 //! Mixture-of-experts matmul: rows sorted by expert, or gathered by router ids.
 #![forbid(unsafe_code)]
 
-use super::driver::{Plan, Rows, run};
+use super::driver::{Plan, Problem, Rows};
 use super::epilogue::{MatmulOptions, RowEpilogue};
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
@@ -118,7 +118,8 @@ impl Cpu<'_> {
         let (scratch, _) = workspace.take(plan.scratch(&w.experts[0], x.m()), 0);
         for (e, range) in offsets.windows(2).enumerate() {
             let rows = Rows::Range { start: range[0] as usize, len: (range[1] - range[0]) as usize };
-            run(self, plan, &x, &w.experts[e], rows, &epilogue(options, e, w.n()), &mut y, scratch);
+            let problem = Problem { cpu: self, plan, x: &x, w: &w.experts[e] };
+            problem.run(rows, &epilogue(options, e, w.n()), &mut y, scratch);
         }
         Ok(())
     }
@@ -163,7 +164,8 @@ impl Cpu<'_> {
         sort_by_expert(ids, slots, ends);
         for e in 0..w.len() {
             let rows = Rows::Slots { slots: &slots[ends[e]..ends[e + 1]], share };
-            run(self, plan, &x, &w.experts[e], rows, &epilogue(options, e, w.n()), &mut y, scratch);
+            let problem = Problem { cpu: self, plan, x: &x, w: &w.experts[e] };
+            problem.run(rows, &epilogue(options, e, w.n()), &mut y, scratch);
         }
         Ok(())
     }
