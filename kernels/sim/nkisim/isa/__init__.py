@@ -1,0 +1,1 @@
+"""The instructions, one module for each kind."""
