@@ -1,0 +1,59 @@
+"""What every kernel test needs: load a kernel (or a mutant of it), run it on the backend, compare with its reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+KERNELS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(KERNELS), str(KERNELS / "sim")]
+
+import run as backend  # noqa: E402  (kernels/sim/run.py)
+
+_serial = itertools.count()
+
+
+def load(name: str, mutation: tuple[str, str] | None = None):
+    """Module `kernels/NAME.py` on the active backend.
+
+    With `mutation=(old, new)` the source is changed first; `old` must stand in it exactly once, so that a mutant that no
+    longer applies fails loudly instead of passing as the original.
+    """
+    backend.backend()
+    path = KERNELS / f"{name}.py"
+    source = path.read_text()
+    if mutation is not None:
+        old, new = mutation
+        if source.count(old) != 1:
+            raise ValueError(f"{name}: mutation text occurs {source.count(old)} times, need once: {old!r}")
+        source = source.replace(old, new)
+    spec = importlib.util.spec_from_loader(f"{name}_{next(_serial)}", loader=None, origin=str(path))
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(path)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+def launch(kernel, *args, target: str, **kwargs):
+    """Outputs of a kernel as a tuple of arrays."""
+    out = backend.run(kernel, *args, target_name=target, **kwargs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def within(got, want, bound) -> bool:
+    """Whether |got - want| <= bound everywhere; NaN is never within."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return got.shape == want.shape and bool(np.all(np.abs(got - want) <= bound))
+
+
+def killed(name: str, mutation: tuple[str, str], check) -> str | None:
+    """How a mutant dies: `numerics` if `check(module)` is false, the error's type if a check raises; None if it survives."""
+    module = load(name, mutation)
+    try:
+        return None if check(module) else "numerics"
+    except Exception as error:  # any refusal counts: the simulator's checks are the point
+        return type(error).__name__
