@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::quant_config::{FLOAT, MXFP4, MXFP8, NVFP4};
-use super::{Checkpoint, Tensor};
+use super::{Checkpoint, Tensor, named};
 use crate::error::{Error, Name, Result};
 use crate::num::Fp8;
 use crate::quant::{GlobalScale, QuantizedMatrix};
@@ -251,20 +251,4 @@ fn checked(t: &Tensor<'_>, good: impl Fn(f32) -> bool, needed: &'static str) -> 
         return Ok(x);
     }
     Err(Error::Value { operand: t.name.to_owned().into(), at: 0, got: x.to_string(), needed })
-}
-
-/// The error of a quantized matrix, with the tensor's name in place of the operand's.
-fn named(mut e: Error, codes: &str, scale: &str) -> Error {
-    match &mut e {
-        Error::Length { operand, .. }
-        | Error::Extent { operand, .. }
-        | Error::Multiple { operand, .. }
-        | Error::Overflow { operand }
-        | Error::Empty { operand, .. }
-        | Error::Value { operand, .. } => {
-            *operand = if operand.contains("scale") { scale } else { codes }.to_owned().into();
-        }
-        _ => {}
-    }
-    e
 }
