@@ -51,6 +51,9 @@ fn main() -> io::Result<()> {
     let tensors = vec![entry("w.weight", &[64, 1], 40, 0), entry("w.scale", &[1], 0, 64)];
     let data = [&[0x38; 64][..], &one].concat();
     write(&corpus, "gguf", "nvfp4", GgufFile { keys: vec![], tensors, data, ..GgufFile::good() }.bytes())?;
+    // Page size of the pool; then indptr, indices and last_page_len, or a block table and lengths; then what is appended.
+    write(&corpus, "page_table", "flashinfer", [1, 0, 3, 0, 2, 3, 3, 0, 3, 6, 2, 1, 4, 3, 0, 1, 3])?;
+    write(&corpus, "page_table", "vllm", [1, 1, 4, 0, 3, 6, 7, 2, 5, 8, 2, 3, 0, 1, 2])?;
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-gpt-oss");
     for (name, path) in [("hugging-face", "config.json"), ("original", "original/config.json")] {
         write(&corpus, "gpt_oss_config", name, fs::read(models.join(path))?)?;
