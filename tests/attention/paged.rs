@@ -9,7 +9,7 @@ use trn_kernels::attention::oracle::{self, Reference};
 use trn_kernels::attention::{AttentionSpec, Queries, plan_decode};
 use trn_kernels::kv::{KvFormat, KvPlane, KvScale, KvShape, PageTable, PagedKv};
 use trn_kernels::num::Fp8;
-use trn_kernels::{Cpu, HeadsRef, Workspace};
+use trn_kernels::{Cpu, HeadsRef, Parallelism, Workspace};
 
 /// A paged cache of random codes.
 pub struct Paged {
@@ -135,4 +135,45 @@ fn page_order_does_not_matter() {
     }
     moved.table = PageTable::new(8, vec![0, 10], pages, vec![PAGED_LEN - 72]).unwrap();
     assert_eq!(paged.decode().bits(), moved.decode().bits());
+}
+
+/// Pages that no table names and slots past the last token may hold anything.
+#[test]
+fn unused_slots_are_not_read() {
+    for format in QUANTIZED {
+        let clean = Paged::new(format);
+        let mut dirty = Paged::new(format);
+        let last = *clean.table.indices().last().unwrap() as usize;
+        for plane in [&mut dirty.k.0, &mut dirty.k.1, &mut dirty.v.0, &mut dirty.v.1] {
+            let page = plane.len() / 12;
+            let slot = page / 8;
+            // 0xFF: NaN in every FP8 and scale format, -6 in FP4.
+            for unused in [6, 10] {
+                plane[unused * page..(unused + 1) * page].fill(0xFF);
+            }
+            plane[last * page + clean.table.last_page_len()[0] * slot..(last + 1) * page].fill(0xFF);
+        }
+        assert_eq!(clean.decode().bits(), dirty.decode().bits(), "{format:?}");
+        // The poison is one: where it is read it shows.
+        dirty.k.0.fill(0xFF);
+        dirty.k.1.fill(0xFF);
+        assert_ne!(clean.decode().bits(), dirty.decode().bits(), "{format:?}");
+    }
+}
+
+#[test]
+fn threads_decode_the_same_bits() {
+    for format in QUANTIZED {
+        let paged = Paged::new(format);
+        let (kv, want) = (paged.view(), paged.decode().bits());
+        let plan = plan_decode(&paged.spec, &kv, &paged.table).unwrap();
+        for threads in [2, 3, 8] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let cpu = Cpu::detect().with_parallelism(Parallelism::Pool(&pool));
+            let got = Outputs::of(&paged.spec, 1, |o| {
+                cpu.decode(&plan, paged.heads(), &kv, Some(&paged.sinks), o, &mut Workspace::new())
+            });
+            assert_eq!(got.bits(), want, "{format:?}, {threads} threads");
+        }
+    }
 }
