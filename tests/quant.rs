@@ -608,3 +608,15 @@ fn schemes_know_their_element() {
     let got = run(&x, 1, 2, Scheme::Fp8PerTensor(Fp8::E4M3Ieee), &QuantizeOptions::default());
     assert_eq!((got.outer_scales(), got.codes()[0]), (&[1.0][..], Format::E4M3_IEEE.encode(240.0, Overflow::Saturate)));
 }
+
+#[test]
+fn blocks_beyond_a_given_global_scale_saturate() {
+    // 15000 / 6 / 0.5 is far beyond 448.
+    let x: Vec<f32> = (0..16).map(|i| i as f32 * 1000.0).collect();
+    let global = GlobalScale::multiplier(0.5);
+    for rule in Nvfp4Rule::ALL {
+        let mut codes = [0; 16];
+        let scale = encode_nvfp4_block(rule, global, &x, &mut codes).unwrap();
+        assert_eq!((scale.to_f32(), codes[15]), (448.0, 7), "{rule:?}");
+    }
+}
