@@ -68,7 +68,7 @@ pub(crate) fn beyond_nvfp4_error(matrix: &QuantizedMatrix<'_>, x: &[f32]) -> Vec
     let outside = |&i: &usize| {
         let block = amax(&x[i / 16 * 16..][..16]);
         let error = (values[i] - f64::from(x[i])).abs();
-        block >= smallest && !(error <= block * 0.18)
+        block >= smallest && (error.is_nan() || error > block * 0.18)
     };
     (0..x.len()).filter(outside).collect()
 }
