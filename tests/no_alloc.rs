@@ -12,7 +12,7 @@ use trn_kernels::layer::{
 };
 use trn_kernels::matmul::{MatmulOptions, PackedExperts, RowSource};
 use trn_kernels::num::Fp8;
-use trn_kernels::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme};
+use trn_kernels::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme, quantize_into};
 use trn_kernels::{Cpu, HeadsMut, MatMut, MatRef, Workspace};
 
 struct Counting;
@@ -162,5 +162,22 @@ fn attention_allocates_nothing() {
         };
         step();
         assert_eq!(allocations(step), 0, "{format:?}");
+    }
+}
+
+#[test]
+fn quantizing_activations_again_allocates_nothing() {
+    let mut rng = Rng(2);
+    let (m, k) = (9, 256);
+    let x = rng.wide(m * k, 0..=0);
+    let x = MatRef::new(&x, m, k).unwrap();
+    for scheme in SCHEMES {
+        let mut out = QuantizedMatrixBuf::new();
+        let mut quantize = || {
+            quantize_into(x, scheme, &QuantizeOptions::default(), &mut out).unwrap();
+            assert_eq!(out.view().n(), m);
+        };
+        quantize();
+        assert_eq!(allocations(quantize), 0, "{scheme:?}");
     }
 }
