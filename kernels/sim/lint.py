@@ -169,7 +169,11 @@ class _Checker:
             if node is fn:
                 continue
             if isinstance(node, ast.FunctionDef) and node.name not in loop_bodies:
-                self.report(node, "nested-function", f"{node.name}: nested functions are for fori_loop and while_loop bodies only")
+                self.report(
+                    node,
+                    "nested-function",
+                    f"{node.name}: nested functions are for fori_loop and while_loop bodies only",
+                )
             self._statement(node)
             self._expression(node)
             if isinstance(node, ast.Call):
@@ -220,14 +224,22 @@ class _Checker:
         if qualified and last in _REMOVED:
             self.report(node, "removed", f"{name}: {_REMOVED[last]}")
         if name.startswith("nl.") and last in _DEPRECATED_LOOPS:
-            self.report(node, "deprecated-loop", f"{name}: use range" + (", nl.fori_loop" if last == "dynamic_range" else ""))
+            self.report(
+                node, "deprecated-loop", f"{name}: use range" + (", nl.fori_loop" if last == "dynamic_range" else "")
+            )
         if name.startswith("nl.") and last in _FAILING:
             self.report(node, "fails-on-device", f"{name} simulates but does not compile for hardware")
         if name == "nl.matmul" and not any(k.arg == "transpose_x" and _true(k.value) for k in node.keywords):
             self.report(node, "fails-on-device", "nl.matmul compiles only with transpose_x=True")
         for k in node.keywords:
             self._keyword(k, qualified)
-        if name.startswith("nisa.") and node.args and last not in ("register_alloc",) and not node.keywords and len(node.args) > 2:
+        if (
+            name.startswith("nisa.")
+            and node.args
+            and last not in ("register_alloc",)
+            and not node.keywords
+            and len(node.args) > 2
+        ):
             self.report(node, "keywords", f"{name}: pass operands by keyword")
 
     def _keyword(self, k: ast.keyword, qualified: bool) -> None:

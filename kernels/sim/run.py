@@ -50,8 +50,7 @@ def _official():
 
 
 def _simulator():
-    if _HERE not in sys.path:
-        sys.path.insert(0, _HERE)
+    sys.path[:] = [_HERE, *_without_simulator()]
     return importlib.import_module("nki")
 
 

@@ -63,7 +63,9 @@ _local = threading.local()
 
 
 def _from_environment() -> Settings:
-    found = {name: os.environ[f"NKI_SIM_{name.upper()}"] for name in _CHOICES if f"NKI_SIM_{name.upper()}" in os.environ}
+    found = {
+        name: os.environ[f"NKI_SIM_{name.upper()}"] for name in _CHOICES if f"NKI_SIM_{name.upper()}" in os.environ
+    }
     return Settings(**found)
 
 

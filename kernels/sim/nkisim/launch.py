@@ -145,7 +145,10 @@ def _launch(kernel: Kernel, args, kwargs):
     inputs: list[tuple[NkiTensor, np.ndarray]] = []
     torch_out = any(_is_torch(a) for a in bound.arguments.values())
     for name, value in bound.arguments.items():
-        variadic = bound.signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        variadic = bound.signature.parameters[name].kind in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
         if variadic:
             raise LanguageError(f"parameter {name!r}: a kernel takes no *args or **kwargs")
         bound.arguments[name] = _argument(name, value, programs[0], inputs)
@@ -227,7 +230,7 @@ def _argument(name: str, value, prog: Program, inputs: list):
         value = value.item()
     if _is_torch(value):
         value = _from_torch(value)
-    elif hasattr(value, "__array__") and not isinstance(value, np.ndarray):
+    elif hasattr(value, "__array__") and not isinstance(value, (np.ndarray, type)):
         value = np.asarray(value)
     if isinstance(value, np.ndarray):
         with program.running(prog):

@@ -86,9 +86,13 @@ class Program:
         self.shared.tensors.append(storage)
         return storage
 
-    def adopt(self, array: np.ndarray, dtype: DType, name: str, kind: str, buffer=MemoryRegion.private_hbm) -> NkiTensor:
+    def adopt(
+        self, array: np.ndarray, dtype: DType, name: str, kind: str, buffer=MemoryRegion.private_hbm
+    ) -> NkiTensor:
         """A tensor that takes the bytes of an array: an input or a constant."""
-        storage = self._new_storage(check_extents(array.shape, buffer, dtype, self.chip.sbuf_bytes), dtype, buffer, name)
+        storage = self._new_storage(
+            check_extents(array.shape, buffer, dtype, self.chip.sbuf_bytes), dtype, buffer, name
+        )
         storage.fill_from(array)
         storage.kind = kind
         return whole(storage)
@@ -161,7 +165,11 @@ class Program:
 
 
 def _address(address) -> tuple[int, int]:
-    if not isinstance(address, (tuple, list)) or len(address) != 2 or not all(isinstance(v, (int, np.integer)) for v in address):
+    if (
+        not isinstance(address, (tuple, list))
+        or len(address) != 2
+        or not all(isinstance(v, (int, np.integer)) for v in address)
+    ):
         raise LanguageError(f"address is {address!r}, need (partition, byte)")
     return int(address[0]), int(address[1])
 

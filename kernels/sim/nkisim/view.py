@@ -81,7 +81,9 @@ def reshape_strides(shape, strides, new_shape) -> tuple[int, ...]:
             position += 1
             remaining, stride = queue[position]
         if remaining % extent:
-            raise ShapeError(f"layout with shape {tuple(shape)}, strides {tuple(strides)} cannot be seen as {new_shape}")
+            raise ShapeError(
+                f"layout with shape {tuple(shape)}, strides {tuple(strides)} cannot be seen as {new_shape}"
+            )
         remaining //= extent
         out.append(stride * remaining)
     return tuple(out)
@@ -104,7 +106,9 @@ def parse_slice(item: slice, extent: int, axis: int) -> tuple[int, int, int]:
 def rearrange_plan(shape, src_pattern, dst_pattern, sizes):
     """Split shape, permutation and merged shape of an einops-style rearrangement."""
     if len(src_pattern) != len(shape):
-        raise ShapeError(f"source pattern {src_pattern} has {len(src_pattern)} groups, the tensor has {len(shape)} axes")
+        raise ShapeError(
+            f"source pattern {src_pattern} has {len(src_pattern)} groups, the tensor has {len(shape)} axes"
+        )
     names, split, groups = [], [], []
     for group, extent in zip(src_pattern, shape, strict=True):
         members = (group,) if isinstance(group, str) else tuple(group)
@@ -119,7 +123,5 @@ def rearrange_plan(shape, src_pattern, dst_pattern, sizes):
     if sorted(flat) != sorted(names) or len(set(names)) != len(names):
         raise ShapeError(f"patterns {src_pattern} and {dst_pattern} do not name the same axes once each")
     order = tuple(names.index(m) for m in flat)
-    merged = tuple(
-        math.prod(split[names.index(m)] for m in ((g,) if isinstance(g, str) else g)) for g in dst_pattern
-    )
+    merged = tuple(math.prod(split[names.index(m)] for m in ((g,) if isinstance(g, str) else g)) for g in dst_pattern)
     return tuple(split), order, merged

@@ -224,7 +224,10 @@ def test_illegal_calls_raise(sim, case):
 TARGETS = [
     (lambda: nisa.exponential(sb(), sb()), ("trn1", "trn2")),
     (lambda: nisa.range_select(sb(), sb(), nl.less, nl.less, col(), col()), ("trn1",)),
-    (lambda: nisa.quantize_mx(sb((32, 4), nl.uint32, 0), sb((32, 16), nl.bfloat16), sb((4, 4), nl.uint8)), ("trn1", "trn2")),
+    (
+        lambda: nisa.quantize_mx(sb((32, 4), nl.uint32, 0), sb((32, 16), nl.bfloat16), sb((4, 4), nl.uint8)),
+        ("trn1", "trn2"),
+    ),
     (lambda: nisa.tensor_copy(sb(), sb(), engine=eng.scalar), ("trn1",)),
     (lambda: nisa.activation(sb(), nl.exp, sb(), bias=1.0), ("trn1",)),
     (lambda: nisa.dma_copy(sb(), sb(), dge_mode=nisa.dge_mode.hwdge), ("trn1",)),

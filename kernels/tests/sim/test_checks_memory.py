@@ -105,7 +105,11 @@ def test_tiles_that_are_not_live_together_share_sbuf(sim):
         (lambda t: t.flatten_dims(0, 1), errors.PartitionError, "cannot be merged"),
         (lambda t: t.expand_dim(0), errors.PartitionError, "cannot be preceded"),
         (lambda t: t.broadcast(1, 4), errors.ShapeError, "only an axis of 1"),
-        (lambda t: t[:, 0:4].reshape_dim(1, (2, 2)).permute((0, 2, 1)).reshape((64, 4)), errors.ShapeError, "cannot be seen"),
+        (
+            lambda t: t[:, 0:4].reshape_dim(1, (2, 2)).permute((0, 2, 1)).reshape((64, 4)),
+            errors.ShapeError,
+            "cannot be seen",
+        ),
         (lambda t: t[:, 0:8:2].view(nl.uint8), errors.ShapeError, "not contiguous"),
         (lambda t: t[:, 0:3].view(nl.bfloat16).view(nl.uint8)[:, 1:12].view(nl.float32), errors.ShapeError, "divide"),
         (lambda t: t.ap([[4, 64], [1, 8]]), errors.PartitionError, "partition stride of this tensor is 8"),

@@ -44,7 +44,11 @@ def test_matmul_columns_and_macs(sim):
             nisa.nc_matmul(acc, tile((32, 8), dtype), tile((32, 24), dtype), accumulate=False)
         two = nl.float8_e4m3
         nisa.nc_matmul(
-            acc, tile((32, 2, 8), two), tile((32, 2, 24), two), accumulate=False, perf_mode=nisa.matmul_perf_mode.double_row
+            acc,
+            tile((32, 2, 8), two),
+            tile((32, 2, 24), two),
+            accumulate=False,
+            perf_mode=nisa.matmul_perf_mode.double_row,
         )
         x4, scale = nl.float8_e4m3fn_x4, tile((4, 24), nl.uint8, 127)
         nisa.nc_matmul_mx(acc, tile((32, 8), x4, 0), tile((32, 24), x4, 0), scale[:, 0:8], scale, accumulate=False)

@@ -35,7 +35,10 @@ def test_quantize_mx(sim, case):
         nisa.memset(scale, 0)
         nisa.dma_copy(sb, x)
         nisa.quantize_mx(dst=codes, src=sb, dst_scale=scale)
-        out, out_scale = nl.ndarray(codes.shape, nl.uint32, nl.shared_hbm), nl.ndarray(scale.shape, nl.uint8, nl.shared_hbm)
+        out, out_scale = (
+            nl.ndarray(codes.shape, nl.uint32, nl.shared_hbm),
+            nl.ndarray(scale.shape, nl.uint8, nl.shared_hbm),
+        )
         nisa.dma_copy(out, codes.view(nl.uint32))
         nisa.dma_copy(out_scale, scale)
         return out, out_scale

@@ -21,7 +21,12 @@ def through_sbuf(fill):
 
 @pytest.mark.parametrize(
     ("op", "x", "y", "want"),
-    [("abs_max", -5.0, 3.0, -5.0), ("abs_max", 1.0, -1.0, -1.0), ("abs_min", 5.0, -3.0, -3.0), ("abs_min", 1.0, -1.0, -1.0)],
+    [
+        ("abs_max", -5.0, 3.0, -5.0),
+        ("abs_max", 1.0, -1.0, -1.0),
+        ("abs_min", 5.0, -3.0, -3.0),
+        ("abs_min", 1.0, -1.0, -1.0),
+    ],
 )
 def test_abs_max_returns_the_operand_itself_and_y_on_ties(sim, op, x, y, want):
     def fill():
@@ -83,9 +88,7 @@ def test_quantize_mx_of_the_group_maximum(sim, rule, amax, byte, code):
     assert codes[3, 2] == code
 
 
-@pytest.mark.parametrize(
-    ("rule", "codes"), [("ocp", (0x7E, 0x78, 0xF0, 0x6B)), ("neuron", (0x78, 0x70, 0xE8, 0x63))]
-)
+@pytest.mark.parametrize(("rule", "codes"), [("ocp", (0x7E, 0x78, 0xF0, 0x6B)), ("neuron", (0x78, 0x70, 0xE8, 0x63))])
 def test_quantize_mx_of_the_documented_group(sim, rule, codes):
     values = np.zeros((8, 4))
     values[0] = (1.9375, 1.0, -0.5, 0.3330078125)
@@ -110,7 +113,11 @@ def ones_mx(sim, bump_group=None):
         bumped[32 * (bump_group // 4) + bump_group % 4] = 128
 
     def body(a, sa, sb):
-        t, s1, s2 = nl.ndarray((128, 16), nl.float8_e4m3fn_x4), nl.ndarray((128, 16), nl.uint8), nl.ndarray((128, 16), nl.uint8)
+        t, s1, s2 = (
+            nl.ndarray((128, 16), nl.float8_e4m3fn_x4),
+            nl.ndarray((128, 16), nl.uint8),
+            nl.ndarray((128, 16), nl.uint8),
+        )
         nisa.dma_copy(t, a.ap([[16, 128], [1, 16]], offset=0, dtype=nl.float8_e4m3fn_x4))
         nisa.dma_copy(s1, sa)
         nisa.dma_copy(s2, sb)

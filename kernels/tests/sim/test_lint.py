@@ -3,7 +3,7 @@
 import lint
 import pytest
 
-CLEAN = '''
+CLEAN = """
 import nki
 import nki.isa as nisa
 import nki.language as nl
@@ -43,7 +43,7 @@ def kernel(x, flag=False, tiles=(1, 2)):
 
 def not_a_kernel(values):
     return [v for v in values if v is not None]
-'''
+"""
 
 
 def rules(source):

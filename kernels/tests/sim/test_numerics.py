@@ -67,11 +67,19 @@ def test_tensor_tensor_power(sim):
 @pytest.mark.parametrize("engine", ["gpsimd", "vector"])
 def test_32_bit_integers_are_exact_on_gpsimd_only(sim, engine):
     a, b = np.full((2, 4), 2**24 + 1, np.int32), np.full((2, 4), 2, np.int32)
-    got = tiles(sim, lambda d, x, y: nisa.tensor_tensor(d, x, y, op=nl.add, engine=getattr(nisa.engine, engine)), a, b, dtype=nl.int32)
+    got = tiles(
+        sim,
+        lambda d, x, y: nisa.tensor_tensor(d, x, y, op=nl.add, engine=getattr(nisa.engine, engine)),
+        a,
+        b,
+        dtype=nl.int32,
+    )
     assert (got == (2**24 + 3 if engine == "gpsimd" else 2**24 + 2)).all()
 
 
-@pytest.mark.parametrize(("name", "fn"), [("bitwise_and", np.bitwise_and), ("bitwise_or", np.bitwise_or), ("bitwise_xor", np.bitwise_xor)])
+@pytest.mark.parametrize(
+    ("name", "fn"), [("bitwise_and", np.bitwise_and), ("bitwise_or", np.bitwise_or), ("bitwise_xor", np.bitwise_xor)]
+)
 def test_bitwise(sim, name, fn):
     a, b = (RNG.integers(0, 65536, (8, 20)).astype(np.uint16) for _ in range(2))
     got = tiles(sim, lambda d, x, y: nisa.tensor_tensor(d, x, y, op=getattr(nl, name)), a, b, dtype=nl.uint16)
@@ -81,7 +89,12 @@ def test_bitwise(sim, name, fn):
 @pytest.mark.parametrize(("dtype", "want"), [(np.uint8, [0, 15, 8]), (np.int8, [0, -1, -8])])
 def test_right_shift_follows_the_sign_of_the_type(sim, dtype, want):
     x = np.array([[7, 0xFF, 0x80]], np.uint8).view(dtype)
-    got = tiles(sim, lambda d, a: nisa.tensor_scalar(d, a, nl.right_shift, 4), x, dtype=nl.int8 if dtype is np.int8 else nl.uint8)
+    got = tiles(
+        sim,
+        lambda d, a: nisa.tensor_scalar(d, a, nl.right_shift, 4),
+        x,
+        dtype=nl.int8 if dtype is np.int8 else nl.uint8,
+    )
     assert got.tolist() == [want]
 
 
@@ -113,11 +126,15 @@ def test_tensor_scalar_orders(sim, reverse0, reverse1, vector):
 
 
 def test_scalar_tensor_tensor(sim):
-    got = tiles(sim, lambda d, x, y, v: nisa.scalar_tensor_tensor(d, x, nl.multiply, v, nl.subtract, y, reverse1=True), X, Y, V)
+    got = tiles(
+        sim, lambda d, x, y, v: nisa.scalar_tensor_tensor(d, x, nl.multiply, v, nl.subtract, y, reverse1=True), X, Y, V
+    )
     assert np.array_equal(got, Y - X * V)
 
 
-@pytest.mark.parametrize(("name", "fn"), [("add", np.sum), ("maximum", np.max), ("minimum", np.min), ("multiply", np.prod)])
+@pytest.mark.parametrize(
+    ("name", "fn"), [("add", np.sum), ("maximum", np.max), ("minimum", np.min), ("multiply", np.prod)]
+)
 @pytest.mark.parametrize("negate", [False, True])
 def test_tensor_reduce(sim, name, fn, negate):
     got = tiles(
@@ -161,7 +178,9 @@ def test_derivatives(sim, name):
     assert np.allclose(got, (f(wide + h) - f(wide - h)) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "fn"), [("log", np.log), ("sqrt", np.sqrt), ("rsqrt", lambda x: x**-0.5), ("reciprocal", lambda x: 1 / x)])
+@pytest.mark.parametrize(
+    ("name", "fn"), [("log", np.log), ("sqrt", np.sqrt), ("rsqrt", lambda x: x**-0.5), ("reciprocal", lambda x: 1 / x)]
+)
 def test_activations_of_positive_values(sim, name, fn):
     x = np.abs(X) + 0.1
     got = tiles(sim, lambda d, a: nisa.activation(d, getattr(nl, name), a), x)
@@ -206,7 +225,9 @@ def test_exponential_accumulates(sim, first):
         t, m, d, res = load(x), load(v), nl.ndarray((8, 20), F32), nl.ndarray((8, 1), F32)
         cmd = nisa.reduce_cmd
         init = {"reduce_init": 3.0} if first == "load_reduce" else {}
-        nisa.exponential(d[:, 0:5], t[:, 0:5], max_value=m, reduce_cmd=getattr(cmd, first), reduce_init=init.get("reduce_init", 0.0))
+        nisa.exponential(
+            d[:, 0:5], t[:, 0:5], max_value=m, reduce_cmd=getattr(cmd, first), reduce_init=init.get("reduce_init", 0.0)
+        )
         nisa.exponential(d[:, 5:20], t[:, 5:20], max_value=m, reduce_cmd=cmd.reduce, reduce_res=res)
         return save(d), save(res)
 
@@ -323,7 +344,9 @@ def test_cumulative(sim):
     def body(x):
         t, d = load(x), nl.ndarray((8, 20), F32)
         nisa.tensor_scalar_cumulative(d[:, 0:8], t[:, 0:8], nl.multiply, nl.add, 2.0)
-        nisa.tensor_scalar_cumulative(d[:, 8:20], t[:, 8:20], nl.multiply, nl.add, 2.0, reduce_cmd=nisa.reduce_cmd.reduce)
+        nisa.tensor_scalar_cumulative(
+            d[:, 8:20], t[:, 8:20], nl.multiply, nl.add, 2.0, reduce_cmd=nisa.reduce_cmd.reduce
+        )
         return save(d)
 
     assert np.allclose(sim(body, X), np.cumsum(2 * X, axis=1), rtol=1e-5, atol=1e-5)

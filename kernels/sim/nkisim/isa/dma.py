@@ -53,7 +53,9 @@ def _count(prog, dst: NkiTensor, sources: list[NkiTensor]) -> None:
 
 
 @instruction
-def dma_copy(dst, src, priority=None, oob_mode=OobMode.error, dge_mode=DgeMode.unknown, engine=Engine.unknown, name=None):
+def dma_copy(
+    dst, src, priority=None, oob_mode=OobMode.error, dge_mode=DgeMode.unknown, engine=Engine.unknown, name=None
+):
     """dst = src between HBM and SBUF, element by element in row-major order; dtypes convert through float32."""
     prog = program.current()
     legal.in_buffers(dst, "dst", *_MEMORIES)
@@ -117,9 +119,7 @@ def _check_scatter(target, values: np.ndarray) -> None:
 
 
 @instruction
-def dma_transpose(
-    dst, src, axes=None, priority=None, dge_mode=DgeMode.unknown, oob_mode=OobMode.error, name=None
-):
+def dma_transpose(dst, src, axes=None, priority=None, dge_mode=DgeMode.unknown, oob_mode=OobMode.error, name=None):
     """dst = src with its axes permuted: (1,0), (2,1,0) or (3,1,2,0); with vector_offset, rows are gathered first."""
     prog = program.current()
     legal.in_buffers(dst, "dst", SBUF)
@@ -174,9 +174,13 @@ def _check_gather_transpose(prog, src: NkiTensor, dge) -> None:
     if str(index.dtype) != "uint32":
         raise DtypeError(f"vector_offset has dtype {index.dtype}, need uint32")
     if index.ndim != 2 or rows % 16 or not 16 <= rows <= 128 or (columns > 1 and rows != 128):
-        raise ShapeError(f"vector_offset has shape {index.shape}; need 16..128 partitions, a multiple of 16 (128 if wider than 1)")
+        raise ShapeError(
+            f"vector_offset has shape {index.shape}; need 16..128 partitions, a multiple of 16 (128 if wider than 1)"
+        )
     if rows * columns < src.shape[0] or src.shape[0] % 16:
-        raise ShapeError(f"{src.shape[0]} rows with {rows * columns} indices; need enough of them and a multiple of 16 rows")
+        raise ShapeError(
+            f"{src.shape[0]} rows with {rows * columns} indices; need enough of them and a multiple of 16 rows"
+        )
 
 
 @instruction

@@ -63,7 +63,9 @@ def nc_matmul(
         "is_stationary_onezero": bool(is_stationary_onezero),
         "is_moving_onezero": bool(is_moving_onezero),
     }
-    return prog.issue("nc_matmul", Engine.tensor, {"dst": dst}, {"stationary": stationary, "moving": moving}, attrs, run, label=name)
+    return prog.issue(
+        "nc_matmul", Engine.tensor, {"dst": dst}, {"stationary": stationary, "moving": moving}, attrs, run, label=name
+    )
 
 
 def _check_operands(prog, dst, stationary, moving) -> None:
@@ -210,7 +212,9 @@ def _adding(prog, access, accumulate) -> np.ndarray:
         if (kind == PSUM_UNTOUCHED).any():
             raise PsumError("accumulate=True onto PSUM that no instruction has written through this tensor")
         if (kind == PSUM_OTHER).any() and prog.chip.gen < 4:
-            raise PsumError(f"accumulate=True onto PSUM written by something else than a matmul is undefined on {prog.chip.name}")
+            raise PsumError(
+                f"accumulate=True onto PSUM written by something else than a matmul is undefined on {prog.chip.name}"
+            )
         return np.ones(access.shape, bool)
     other = kind == PSUM_OTHER
     if other.any() and (not access.written()[other].all() or cast.to_f32(access.read(), access.dtype)[other].any()):

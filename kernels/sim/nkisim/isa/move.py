@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from .. import cast, legal, operand, program
-from ..errors import BoundsError, BufferKindError, CastError, DtypeError, EngineError, LanguageError, ShapeError, UnspecifiedError
+from ..errors import (
+    BoundsError,
+    BufferKindError,
+    CastError,
+    DtypeError,
+    EngineError,
+    LanguageError,
+    ShapeError,
+    UnspecifiedError,
+)
 from ..memory import PSUM, SBUF
 from ..tensor import NkiTensor
 from .common import Engine, instruction, pick
@@ -34,7 +43,9 @@ def tensor_copy(dst, src, engine=Engine.unknown, name=None):
         legal.arithmetic(src, "src")
         legal.arithmetic(dst, "dst")
     chosen = _copy_engine(prog, engine, dst, src)
-    return prog.issue("tensor_copy", chosen, {"dst": dst}, {"src": src}, {}, lambda: copy_bits_or_cast(dst, src), label=name)
+    return prog.issue(
+        "tensor_copy", chosen, {"dst": dst}, {"src": src}, {}, lambda: copy_bits_or_cast(dst, src), label=name
+    )
 
 
 def _copy_engine(prog, asked, dst: NkiTensor, src: NkiTensor):
@@ -108,7 +119,10 @@ def tensor_copy_predicated(dst, src, predicate, reverse_pred=False, name=None):
         if tile:
             values, written, _ = operand.bits(src, "src")
             operand.store_bits(
-                dst, values.reshape(dst.shape), written=written.reshape(dst.shape + (-1,)), where=take.reshape(dst.shape)
+                dst,
+                values.reshape(dst.shape),
+                written=written.reshape(dst.shape + (-1,)),
+                where=take.reshape(dst.shape),
             )
         else:
             operand.store_bits(dst, np.broadcast_to(element, dst.shape), where=take.reshape(dst.shape))
@@ -216,7 +230,9 @@ def nc_n_gather(dst, data, indices, name=None):
         mask = written.reshape(data.shape[0], data.free_size, -1)[rows, at]
         operand.store_bits(dst, out.reshape(dst.shape), written=mask.reshape(dst.shape + (-1,)))
 
-    return prog.issue("nc_n_gather", Engine.gpsimd, {"dst": dst}, {"data": data, "indices": indices}, {}, run, label=name)
+    return prog.issue(
+        "nc_n_gather", Engine.gpsimd, {"dst": dst}, {"data": data, "indices": indices}, {}, run, label=name
+    )
 
 
 @instruction
@@ -255,7 +271,11 @@ def local_gather(dst, src_buffer, index, num_elem_per_idx=1, num_valid_indices=N
                 raise BoundsError(f"core {core // 16}: index {int(flat.max())} is outside 0..{values.shape[1]}")
             out.append(values[core : core + 16][:, flat])
             mask.append(written[core : core + 16][:, flat])
-        operand.store_bits(dst, np.concatenate(out).reshape(dst.shape), written=np.concatenate(mask).reshape(dst.shape + (-1,)))
+        operand.store_bits(
+            dst, np.concatenate(out).reshape(dst.shape), written=np.concatenate(mask).reshape(dst.shape + (-1,))
+        )
 
     attrs = {"num_elem_per_idx": num_elem_per_idx, "num_valid_indices": valid}
-    return prog.issue("local_gather", Engine.gpsimd, {"dst": dst}, {"src_buffer": src_buffer, "index": index}, attrs, run, label=name)
+    return prog.issue(
+        "local_gather", Engine.gpsimd, {"dst": dst}, {"src_buffer": src_buffer, "index": index}, attrs, run, label=name
+    )

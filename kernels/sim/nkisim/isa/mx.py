@@ -34,7 +34,9 @@ def _scale_tile(scale, role: str, data: NkiTensor, columns: int) -> np.ndarray:
     if scale.free_size != columns:
         raise ShapeError(f"{role} has {scale.free_size} columns, the data has {columns}")
     if scale.shape[0] <= rows[-1]:
-        raise MxError(f"{role} has {scale.shape[0]} partitions; group {groups - 1} keeps its scale at partition {rows[-1]}")
+        raise MxError(
+            f"{role} has {scale.shape[0]} partitions; group {groups - 1} keeps its scale at partition {rows[-1]}"
+        )
     if scale.start_partition % 32 not in (0, 4, 8, 12):
         raise MxError(f"{role} starts at partition {scale.start_partition}; need row 0, 4, 8 or 12 of a quadrant")
     if scale.start_partition // 32 != data.start_partition // 32:
@@ -87,7 +89,14 @@ def quantize_mx(dst, src, dst_scale, name=None):
 
     writes = {"dst": dst, "dst_scale": dst_scale}
     return prog.issue(
-        "quantize_mx", Engine.vector, writes, {"src": src}, {"mx_scale": rule}, run, label=name, any_partition=("dst_scale",)
+        "quantize_mx",
+        Engine.vector,
+        writes,
+        {"src": src},
+        {"mx_scale": rule},
+        run,
+        label=name,
+        any_partition=("dst_scale",),
     )
 
 
