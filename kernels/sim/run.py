@@ -106,6 +106,8 @@ def main(argv: list[str]) -> int:
     if not argv:
         print(__doc__)
         return 2
+    # Tiles are at most 128 x 128 x 512: threads only cost time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name, module = backend()
     print(f"nki backend: {name} {getattr(module, '__version__', '')}", file=sys.stderr)
     sys.argv = argv

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from .errors import BoundsError, ShapeError
 
 
@@ -36,13 +38,19 @@ def contiguous_run(shape, strides) -> int:
 
 
 def overlaps(shape, strides) -> bool:
-    """True if two elements of the access may be the same address (nested levels that overlap, or stride 0)."""
+    """True if two elements of the access are the same address."""
+    levels = sorted(collapse(shape, strides))
     reach = 0
-    for stride, count in sorted(collapse(shape, strides)):
+    for stride, count in levels:
         if stride <= reach:
-            return True
+            break
         reach += stride * (count - 1)
-    return False
+    else:
+        return False  # each level steps over all that the inner ones reach
+    addresses = np.zeros(1, np.int64)
+    for stride, count in levels:
+        addresses = np.add.outer(addresses, np.arange(count, dtype=np.int64) * stride).reshape(-1)
+    return len(np.unique(addresses)) != len(addresses)
 
 
 def infer(shape, total: int) -> tuple[int, ...]:

@@ -5,8 +5,11 @@ import os
 import pathlib
 import sys
 
-import numpy as np
-import pytest
+# Tiles are at most 128 x 128 x 512: BLAS threads only cost time. Must come before numpy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 _KERNELS = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(_KERNELS / "sim"))

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from nkisim import errors
 
 import nki.isa as nisa
 import nki.language as nl
+from nkisim import errors
 
 P, F = nl.psum, nl.float32
 
@@ -93,6 +93,8 @@ ILLEGAL = [
     (lambda: nisa.tensor_copy(dst=sb(), src=sb(), dtype=nl.bfloat16), D, "contradicts dst"),
     (lambda: nisa.tensor_copy(dst=sb(), src=sb(), mask=sb()), L, "mask= was removed"),
     (lambda: nisa.tensor_copy(dst=sb(), src=sb(), wrong=1), L, "unexpected keyword"),
+    (lambda: nisa.tensor_reduce(col(), nl.add, sb(), axis=None), L, "bad argument"),
+    (lambda: nisa.iota(sb(), 5), L, "bad argument"),
     # tensor_tensor
     (lambda: nisa.tensor_tensor(sb(), sb(), col(), op=nl.add), S, "data2 has 1"),
     (lambda: nisa.tensor_tensor(sb(), sb(buffer=P), sb(buffer=P), op=nl.add), B, "both in psum"),

@@ -5,10 +5,10 @@ import inspect
 import ml_dtypes
 import numpy as np
 import pytest
-from nkisim import errors
 
 import nki.isa as nisa
 import nki.language as nl
+from nkisim import errors
 
 
 def sb(shape, dtype=nl.float32, fill=1, **kw):
@@ -183,6 +183,14 @@ def test_a_destination_names_each_element_once(sim):
         nisa.tensor_copy(nl.ndarray((2, 4), nl.float32).ap([[4, 2], [0, 4]]), t)
 
     raises(sim, errors.BoundsError, "writes some element twice", body)
+
+
+def test_interleaved_destinations_are_distinct(sim):
+    def body():
+        t = sb((2, 6))
+        nisa.tensor_copy(nl.ndarray((2, 8), nl.float32).ap([[8, 2], [3, 2], [2, 3]]), t)
+
+    sim(body)
 
 
 # -- definedness ----------------------------------------------------------------------------------------------------
@@ -374,6 +382,21 @@ def test_scalar_offset_steps_along_the_named_axis(sim, how):
     assert np.array_equal(sim(body, x, 2), x[1, 2:4])
     with pytest.raises(errors.BoundsError, match="scalar_offset 7"):
         sim(body, x, 7)
+
+
+def test_scalar_offset_on_chip_stays_in_its_partition(sim):
+    def body(step):
+        t, out = nl.ndarray((2, 8), nl.float32), nl.ndarray((2, 2), nl.float32, nl.shared_hbm)
+        nisa.iota(t, [[1, 8]], channel_multiplier=100)
+        small = nl.ndarray((2, 2), nl.float32)
+        nisa.tensor_copy(small, t.ap([[8, 2], [1, 2]], scalar_offset=nisa.register_alloc(step), indirect_dim=1))
+        nisa.dma_copy(out, small)
+        return out
+
+    assert sim(body, 6).tolist() == [[6, 7], [106, 107]]
+    for step in (7, 8, 16):
+        with pytest.raises(errors.BoundsError, match=f"scalar_offset {step}"):
+            sim(body, step)
 
 
 def test_dynamic_select_and_vector_select(sim):

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from nkisim import trace
 
 import nki.isa as nisa
 import nki.language as nl
+from nkisim import trace
 
 F32, BF16 = nl.float32, nl.bfloat16
 
@@ -82,6 +82,15 @@ def test_dma_bytes_and_descriptors(sim, source, target, elements, descriptors):
     assert c.dma_bytes_written == {"sbuf": 4 * elements}
     assert c.dma_transfers == 1
     assert c.dma_descriptors == descriptors
+
+
+def test_a_transpose_counts_pieces_of_its_source(sim):
+    def body(x):
+        nisa.dma_transpose(nl.ndarray((16, 4), BF16), x)
+
+    sim(body, np.zeros((4, 16), np.float16).view(BF16.np))
+    assert sim.report.counters.dma_descriptors == 1
+    assert sim.report.counters.dma_bytes_written == {"sbuf": 128}
 
 
 def test_converting_dma_counts_each_side(sim):

@@ -8,14 +8,14 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-import run as runner
-from nkisim import dtypes, errors, view
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
+import run as runner
 from nki.isa.constants import oob_mode
 from nki.typing import tensor
+from nkisim import dtypes, errors, view
 
 F32 = nl.float32
 
@@ -152,6 +152,23 @@ def test_tile_sizes(monkeypatch):
     assert t.psum_num_banks == 8
     monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
     assert t.psum_num_banks == 7
+
+
+def test_generations_are_ordered(sim):
+    def body():
+        assert nisa.get_nc_version() >= nisa.nc_version.gen3
+        assert nisa.get_nc_version() < nisa.nc_version.gen4
+
+    sim(body, target="trn2")
+
+
+def test_unrolled_ranges(sim):
+    def body():
+        for make in (nl.range, nl.static_range, nl.affine_range, nl.sequential_range):
+            assert list(make(3)) == [0, 1, 2]
+            assert list(make(1, 7, 2)) == [1, 3, 5]
+
+    sim(body)
 
 
 # -- NKIObject --------------------------------------------------------------------------------------------------------
@@ -372,6 +389,19 @@ def test_constants(sim, tmp_path):
 
     for got in sim(body, str(tmp_path / "c.npy")):
         assert np.array_equal(got, X)
+
+
+def test_identity(sim):
+    def body():
+        t = nl.shared_identity_matrix(5, dst=nl.ndarray((5, 5), nl.bfloat16))
+        out = nl.ndarray((5, 5), nl.bfloat16, nl.shared_hbm)
+        nisa.dma_copy(out, t)
+        small = nl.ndarray((5, 5), nl.uint8, nl.shared_hbm)
+        nisa.dma_copy(small, nl.shared_identity_matrix(5))
+        return out, small
+
+    for got in sim(body):
+        assert np.array_equal(got.astype(np.float32), np.eye(5))
 
 
 def test_device_print(sim, capsys):

@@ -1,7 +1,8 @@
 """Each lint rule fires on a kernel that breaks it, and only there."""
 
-import lint
 import pytest
+
+import lint
 
 CLEAN = """
 import nki

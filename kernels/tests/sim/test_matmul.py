@@ -3,10 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from nkisim import errors
 
 import nki.isa as nisa
 import nki.language as nl
+from nkisim import errors
 
 DOUBLE = nisa.matmul_perf_mode.double_row
 BF16, F32 = nl.bfloat16, nl.float32

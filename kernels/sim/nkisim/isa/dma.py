@@ -39,8 +39,8 @@ def _run_bytes(t: NkiTensor) -> int:
     return view.contiguous_run(t.shape, t.strides) * t.itemsize
 
 
-def _count(prog, dst: NkiTensor, sources: list[NkiTensor]) -> None:
-    """Bytes by memory, and descriptors: pieces contiguous on every side."""
+def _count(prog, dst: NkiTensor, sources: list[NkiTensor], transposed: bool = False) -> None:
+    """Bytes by memory, and descriptors: pieces contiguous on every side (of a transpose: of the source alone)."""
     c = prog.counters
     c.dma_transfers += 1
     runs = []
@@ -48,7 +48,8 @@ def _count(prog, dst: NkiTensor, sources: list[NkiTensor]) -> None:
         amount = t.size * t.itemsize
         where = "sbuf" if t.on_chip else "hbm"
         (c.dma_bytes_written if t is dst else c.dma_bytes_read)[where] += amount
-        runs.append(_run_bytes(t) // t.itemsize)
+        if not (transposed and t is dst):
+            runs.append(_run_bytes(t) // t.itemsize)
     c.dma_descriptors += dst.size // math.gcd(*runs)
 
 
@@ -153,7 +154,7 @@ def dma_transpose(dst, src, axes=None, priority=None, dge_mode=DgeMode.unknown, 
         where = None if source.skipped is None else ~source.skipped.transpose(order)
         target = operand.resolve(dst, "dst")
         target.write(values.transpose(order), written.transpose(order + (src.ndim,)), where)
-        _count(prog, dst, [src])
+        _count(prog, dst, [src], transposed=True)
 
     attrs = {"axes": order, "oob_mode": oob_mode, "dge_mode": dge_mode, "priority": priority}
     return prog.issue("dma_transpose", Engine.dma, {"dst": dst}, {"src": src}, attrs, run, label=name)
