@@ -33,10 +33,10 @@ def nc_matmul(
     _check_operands(prog, dst, stationary, moving)
     member(perf_mode, PerfMode, "perf_mode")
     double = perf_mode is PerfMode.double_row
-    rows, columns = tiling(tile_position, tile_size, stationary.shape[0])
-    m, n = _extents(prog, dst, stationary, moving, double, rows, columns)
+    columns = tiling(tile_position, tile_size, stationary.shape[0])
+    m, n = _extents(prog, dst, stationary, moving, double, columns)
     if double:
-        _check_double_row(prog, stationary, moving, is_transpose, columns)
+        _check_double_row(prog, stationary, moving, is_transpose)
     _check_dtypes(prog, dst, stationary, moving, is_transpose)
     accumulate = accumulation(accumulate)
     if is_transpose and accumulate:
@@ -77,10 +77,10 @@ def _check_operands(prog, dst, stationary, moving) -> None:
         legal.dtype_on_target(prog, t, role)
 
 
-def tiling(position, size, rows_used: int) -> tuple[int, int]:
-    """Row and column tile size; row tiles of 32, 64 or 128, columns always 128."""
+def tiling(position, size, rows_used: int) -> int:
+    """Check row tiling (tiles of 32, 64 or 128 rows, at a multiple of their size); returns the columns of a tile."""
     if not position and not size:
-        return 128, 128
+        position, size = (0, 0), (128, 128)
     if not position or not size:
         raise LanguageError("tile_position and tile_size go together")
     (start_row, start_column), (rows, columns) = tuple(position), tuple(size)
@@ -90,10 +90,10 @@ def tiling(position, size, rows_used: int) -> tuple[int, int]:
         raise ShapeError(f"tile_position is {(start_row, start_column)}, need (a multiple of {rows} below 128, 0)")
     if rows_used > rows:
         raise ShapeError(f"operands have {rows_used} partitions, the row tile has {rows}")
-    return rows, columns
+    return columns
 
 
-def _extents(prog, dst, stationary, moving, double, rows, columns) -> tuple[int, int]:
+def _extents(prog, dst, stationary, moving, double, columns) -> tuple[int, int]:
     if double:
         for t, role in ((stationary, "stationary"), (moving, "moving")):
             if t.ndim < 3 or t.shape[1] != 2:
@@ -101,8 +101,6 @@ def _extents(prog, dst, stationary, moving, double, rows, columns) -> tuple[int,
         m, n = stationary.free_size // 2, moving.free_size // 2
     else:
         m, n = stationary.free_size, moving.free_size
-    if stationary.shape[0] > rows:
-        raise ShapeError(f"stationary has {stationary.shape[0]} partitions, the limit is {rows}")
     if m > columns:
         raise ShapeError(f"stationary has {m} columns, the limit is {columns}")
     check_moving(prog, dst, n)
@@ -118,8 +116,6 @@ def check_moving(prog, dst: NkiTensor, n: int) -> None:
     first, last = legal.bank_of(dst)
     if prog.chip.gen < 4 and first != last:
         raise PsumError(f"dst crosses PSUM banks {first}..{last}; on {prog.chip.name} a matmul writes one bank")
-    if last >= 8:
-        raise PsumError(f"dst reaches PSUM bank {last}, there are 8")
 
 
 def check_result(dst: NkiTensor, m: int, n: int) -> None:
@@ -128,7 +124,7 @@ def check_result(dst: NkiTensor, m: int, n: int) -> None:
         raise ShapeError(f"dst has shape {dst.shape}, the product is {m} x {n}")
 
 
-def _check_double_row(prog, stationary, moving, is_transpose, columns) -> None:
+def _check_double_row(prog, stationary, moving, is_transpose) -> None:
     legal.needs(prog, 3, "double_row")
     for t, role in ((stationary, "stationary"), (moving, "moving")):
         if not t.dtype.is_fp8:

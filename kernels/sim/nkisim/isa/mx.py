@@ -146,7 +146,7 @@ def nc_matmul_mx(
     legal.same_partitions(stationary, "stationary", moving, "moving")
     accumulate = accumulation(accumulate)
     m, n = stationary.free_size, moving.free_size
-    rows, _ = tiling(tile_position or (), tile_size or (), stationary.shape[0])
+    tiling(tile_position or (), tile_size or (), stationary.shape[0])
     if m > 128 or m % 2:
         raise ShapeError(f"stationary has {m} columns, need an even number up to 128")
     check_moving(prog, dst, n)

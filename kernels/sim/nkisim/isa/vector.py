@@ -21,10 +21,6 @@ from .common import Engine, instruction, pick
 _INT32 = ("int32", "uint32")
 
 
-def _integers(*tensors: NkiTensor) -> bool:
-    return all(t.dtype.is_integer for t in tensors)
-
-
 def check_bit_operands(tensors: dict[str, NkiTensor]) -> None:
     """Bitwise operators see bit patterns: integer dtypes of one width, no cast."""
     for role, t in tensors.items():
