@@ -20,6 +20,7 @@ _CHOICES = {
     "nan_to_int": ("error", "zero"),
     "mx_special": ("error", "propagate"),
     "mx_96_partitions": ("allow", "error"),
+    "fp8_transpose": ("same", "error"),
     "capacity": ("error", "ignore"),
 }
 
@@ -39,6 +40,8 @@ class Settings:
     * `mx_special`: NaN, infinity or scale 255 in MX operands.
     * `mx_96_partitions`: MX operands of 96 partitions. The API reference takes any multiple of 32, a library comment
       excludes 96.
+    * `fp8_transpose`: an FP8 transpose on TensorE. The API reference keeps the dtype, the architecture guide says the
+      array writes 16-bit results.
     * `capacity`: whether SBUF and PSUM sizes are enforced (the official simulator does not).
     """
 
@@ -50,6 +53,7 @@ class Settings:
     nan_to_int: str = "error"
     mx_special: str = "error"
     mx_96_partitions: str = "allow"
+    fp8_transpose: str = "same"
     capacity: str = "error"
 
     def __post_init__(self):

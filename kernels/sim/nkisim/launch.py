@@ -49,6 +49,11 @@ class Report:
         """Tensor table of a core (see `trace.tensor_table`)."""
         return tensor_table(self.cores[core].storages)
 
+    def constants(self, core: int = 0) -> dict[int, np.ndarray]:
+        """Contents of the compile-time constants, by tensor id."""
+        stored = [s for s in self.cores[core].storages if s.kind == "constant"]
+        return {s.id: s.data.view(s.dtype.np).reshape(s.shape) for s in stored}
+
 
 def last_report() -> Report | None:
     """The report of the last launch that finished on this thread."""

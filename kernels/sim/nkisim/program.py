@@ -118,6 +118,8 @@ class Program:
             legal.pattern(t, role, start=engine.name != "dma" and role not in any_partition)
         for role, t in writes.items():
             legal.distinct(t, role)
+            if t.storage.kind == "constant":
+                raise LanguageError(f"{role} {t.name!r} is a compile-time constant")
         instruction = Instruction(
             index=len(self.instructions),
             name=name,

@@ -10,6 +10,7 @@ from ..errors import DtypeError, LanguageError, PsumError, ShapeError, Uninitial
 from ..memory import PSUM, PSUM_EVICTED, PSUM_MATMUL, PSUM_OTHER, PSUM_UNTOUCHED, SBUF
 from ..tensor import NkiTensor
 from .common import Engine, PerfMode, instruction, member, switches
+from .move import fp8_transpose
 
 _FP32 = ("float32", "tfloat32")
 
@@ -47,6 +48,9 @@ def nc_matmul(
             _transpose(dst, stationary, moving)
             prog.counters.matmul_columns["transpose"] += n
             return
+        for t, role, flag in ((stationary, "stationary", is_stationary_onezero), (moving, "moving", is_moving_onezero)):
+            if flag and not np.isin(operand.f32(t, role), (0.0, 1.0)).all():
+                raise LanguageError(f"is_{role}_onezero promises ones and zeros, {role} holds other values")
         k = stationary.shape[0] * (2 if double else 1)
         a = operand.f32(stationary, "stationary").reshape(k, -1) if double else operand.f32(stationary, "stationary")
         b = operand.f32(moving, "moving").reshape(k, -1) if double else operand.f32(moving, "moving")
@@ -144,6 +148,7 @@ def _check_dtypes(prog, dst, stationary, moving, is_transpose) -> None:
     if is_transpose:
         if dst.dtype != stationary.dtype:
             raise DtypeError(f"dst is {dst.dtype}; a transpose keeps {stationary.dtype}")
+        fp8_transpose(stationary)
         return
     if dst.dtype != "float32" and not (prog.chip.gen >= 4 and dst.dtype == "bfloat16"):
         raise DtypeError(f"dst is {dst.dtype}; need float32" + (" or bfloat16" if prog.chip.gen >= 4 else ""))

@@ -17,7 +17,7 @@ from ..errors import (
 )
 from ..memory import PSUM, SBUF
 from ..tensor import NkiTensor
-from .common import Engine, instruction, pick
+from .common import Engine, instruction, pick, switches
 
 
 def copy_bits_or_cast(dst: NkiTensor, src: NkiTensor) -> None:
@@ -132,6 +132,12 @@ def tensor_copy_predicated(dst, src, predicate, reverse_pred=False, name=None):
     return prog.issue("tensor_copy_predicated", Engine.vector, {"dst": dst}, reads, attrs, run, label=name)
 
 
+def fp8_transpose(data: NkiTensor) -> None:
+    """TensorE transposes of FP8: two documents, two results (switch `fp8_transpose`)."""
+    if data.dtype.is_fp8 and switches().fp8_transpose == "error":
+        raise UnspecifiedError(f"TensorE transpose of {data.dtype}: cast to bfloat16 first (switch fp8_transpose)")
+
+
 @instruction
 def nc_transpose(dst, data, engine=Engine.unknown, name=None):
     """Swap the partition axis with the flattened free axes: TensorE up to 128 x 128 into PSUM, VectorE up to 32 x 32."""
@@ -150,6 +156,7 @@ def nc_transpose(dst, data, engine=Engine.unknown, name=None):
             raise BufferKindError(f"TensorE transposes sbuf into psum, got {data.buffer.value} into {dst.buffer.value}")
         if data.free_size > 128:
             raise ShapeError(f"data has {data.free_size} elements a partition, TensorE transposes up to 128")
+        fp8_transpose(data)
         first, last = legal.bank_of(dst)
         if first != last:
             raise BoundsError(f"dst crosses PSUM banks {first}..{last}")

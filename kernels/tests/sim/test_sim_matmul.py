@@ -250,6 +250,32 @@ def test_trn1_transposes_by_multiplying(sim):
         sim(body, x, target="trn1")
 
 
+def test_fp8_transposes_are_a_switch(sim):
+    def body(how):
+        t, acc = sb((4, 4), nl.float8_e5m2), psum((4, 4), nl.float8_e5m2)
+        if how == "nc_transpose":
+            nisa.nc_transpose(acc, t)
+        else:
+            nisa.nc_matmul(acc, t, nl.shared_identity_matrix(4, nl.bfloat16), is_transpose=True)
+
+    for how in ("nc_transpose", "is_transpose"):
+        sim(body, how)
+        with pytest.raises(errors.UnspecifiedError, match="switch fp8_transpose"):
+            sim(body, how, fp8_transpose="error")
+
+
+@pytest.mark.parametrize("side", ["stationary", "moving"])
+def test_a_onezero_promise_is_checked(sim, side):
+    def body(value):
+        operands = {"stationary": sb((4, 2), F32), "moving": sb((4, 3), F32)}
+        nisa.memset(operands[side], value)
+        nisa.nc_matmul(psum((2, 3)), **operands, accumulate=False, **{f"is_{side}_onezero": True})
+
+    sim(body, 0.0)
+    with pytest.raises(errors.LanguageError, match=f"is_{side}_onezero promises"):
+        sim(body, 0.5)
+
+
 # -- MX --------------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import nki.isa as nisa
 import nki.language as nl
-from conftest import Golden
+from golden_data import Golden
 
 GOLDEN = Golden("blocks_trn")
 X4 = {"e4m3": nl.float8_e4m3fn_x4, "e5m2": nl.float8_e5m2_x4, "e2m1": nl.float4_e2m1fn_x4}

@@ -391,6 +391,19 @@ def test_constants(sim, tmp_path):
         assert np.array_equal(got, X)
 
 
+def test_constants_are_read_only_and_reported(sim):
+    def body(write):
+        t = nl.shared_identity_matrix(3, F32)
+        out = nl.ndarray((3, 3), F32)
+        nisa.tensor_copy(t if write else out, t)
+
+    sim(body, False)
+    ((_, values),) = sim.report.constants().items()
+    assert np.array_equal(values, np.eye(3))
+    with pytest.raises(errors.LanguageError, match="compile-time constant"):
+        sim(body, True)
+
+
 def test_identity(sim):
     def body():
         t = nl.shared_identity_matrix(5, dst=nl.ndarray((5, 5), nl.bfloat16))
