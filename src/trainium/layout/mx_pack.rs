@@ -1,7 +1,7 @@
 //! Packing into `mx-quads/1` and back.
 #![forbid(unsafe_code)]
 
-use super::mx::{GROUP, GROUPS, MxLayout, MxPlace, MxScalePlace};
+use super::mx::{GROUP, GROUPS, MxElement, MxLayout, MxPlace, MxScalePlace};
 use super::{ColumnOrder, GateUp, check_name, check_weight, filled};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
@@ -124,22 +124,16 @@ impl PackedMx {
 
     /// The code at a place; `None` outside the tensor.
     pub fn code(&self, at: MxPlace) -> Option<u8> {
-        let [partitions, tiles, columns] = self.layout.data_shape();
-        if at.partition >= partitions || at.tile >= tiles || at.column >= columns || at.sub >= 4 {
-            return None;
-        }
-        let word = self.layout.word_index(at) * self.layout.element().word_bytes();
-        match self.layout.element().word_bytes() {
-            4 => self.data.get(word + at.sub).copied(),
-            _ => self.data.get(word + at.sub / 2).map(|pair| pair >> (4 * (at.sub % 2)) & 15),
+        let word = self.layout.word_index(at).filter(|_| at.sub < 4)? * self.layout.element().word_bytes();
+        match self.layout.element() {
+            MxElement::E4M3Fn | MxElement::E5M2 => self.data.get(word + at.sub).copied(),
+            MxElement::E2M1 => self.data.get(word + at.sub / 2).map(|pair| (pair >> (4 * (at.sub % 2))) & 15),
         }
     }
 
     /// The scale code at a place; `None` outside the tensor.
     pub fn scale(&self, at: MxScalePlace) -> Option<u8> {
-        let [rows, tiles, columns] = self.layout.scale_shape();
-        let inside = at.row < rows && at.tile < tiles && at.column < columns;
-        inside.then(|| self.scales.get(self.layout.scale_index(at)).copied()).flatten()
+        self.scales.get(self.layout.scale_index(at)?).copied()
     }
 
     /// The matrix again: codes, block scales and f32 scales as they were, in planar order.

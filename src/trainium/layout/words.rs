@@ -52,8 +52,13 @@ impl Words {
         self.columns * self.word
     }
 
-    /// Flat index of a word.
-    pub(super) fn index(&self, partition: usize, tile: usize, column: usize) -> usize {
+    /// Flat index of a word; `None` outside the tensor.
+    pub(super) fn index(&self, partition: usize, tile: usize, column: usize) -> Option<usize> {
+        let inside = partition < PARTITIONS && tile < self.tiles && column < self.columns;
+        inside.then(|| self.index_inside(partition, tile, column))
+    }
+
+    fn index_inside(&self, partition: usize, tile: usize, column: usize) -> usize {
         (partition * self.tiles + tile) * self.columns + column
     }
 
@@ -151,7 +156,7 @@ impl Words {
                 let (tile, quadrant) = (part / QUADRANTS, part % QUADRANTS);
                 for (p, words) in source.iter_mut().enumerate() {
                     let words = words.as_flattened_mut();
-                    let start = self.index(quadrant * SIDE + p, tile, 0) * self.word;
+                    let start = self.index_inside(quadrant * SIDE + p, tile, 0) * self.word;
                     let packed = &data[start..start + self.row_bytes()];
                     if contiguous {
                         words.copy_from_slice(&packed[at[0] * self.word..][..run]);
