@@ -244,20 +244,10 @@ impl MxLayout {
         inside.then(|| (at.row * tiles + at.tile) * columns + at.column)
     }
 
-    /// The rows of the scale tensor by the (tile, quadrant) whose scales they hold, 4 each, in order of their groups. Rows of
-    /// tiles past the last are left out.
-    pub(super) fn scale_rows<'s>(&self, scales: &'s mut [u8]) -> Vec<Vec<&'s mut [u8]>> {
-        let tiles = self.words.tiles;
-        let mut parts = Vec::new();
-        parts.resize_with(tiles * QUADRANTS, || Vec::with_capacity(GROUPS));
-        for (i, bytes) in scales.chunks_exact_mut(self.words.columns).enumerate() {
-            let (row, s) = (i / tiles.div_ceil(SHARING), i % tiles.div_ceil(SHARING));
-            let tile = s * SHARING + row % LIVE / GROUPS;
-            if tile < tiles {
-                parts[tile * QUADRANTS + row / LIVE].push(bytes);
-            }
-        }
-        parts
+    /// Row of `[64, S]` that holds the scales of group `group` (0..4) of a quadrant of a tile.
+    pub(super) fn scale_row(&self, tile: usize, quadrant: usize, group: usize) -> usize {
+        let row = quadrant * LIVE + tile % SHARING * GROUPS + group;
+        row * self.words.tiles.div_ceil(SHARING) + tile / SHARING
     }
 }
 

@@ -3,7 +3,6 @@
 
 use super::halve::{Halving, doubled};
 use super::rows::{RowElement, RowPlace, RowsLayout};
-use super::words::QUADRANTS;
 use super::{check_name, check_weight, filled};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
@@ -36,7 +35,7 @@ impl RowsLayout {
     ) -> Result<BridgeReport> {
         check_weight(w, (self.scheme(), self.n(), self.k()))?;
         let halving = self.halves().then(Halving::new);
-        let mut rounded = vec![0; self.words.tiles * QUADRANTS];
+        let mut rounded = vec![0; self.words.strips()];
         self.words.pack(self.columns(), parallelism, data, &mut rounded, |rounded, piece, bytes| {
             let Some(n) = piece.channel else { return bytes.fill(0) };
             w.copy_codes(n, piece.first, bytes);
