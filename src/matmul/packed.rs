@@ -159,7 +159,8 @@ fn outer(w: &QuantizedMatrix<'_>) -> Outer {
         Scheme::Fp8PerChannel(_) => Outer::Channel((0..w.n()).map(|row| at(row, 0)).collect()),
         Scheme::Fp8Blockwise { n, k, .. } => {
             let row = w.k().div_ceil(k);
-            let rows = (0..w.n()).step_by(n);
+            // Without columns there can be any number of rows, and there is no scale.
+            let rows = (0..if row == 0 { 0 } else { w.n() }).step_by(n);
             let scales = rows.flat_map(|i| (0..row).map(move |j| (i, j * k))).map(|(i, j)| at(i, j)).collect();
             Outer::Tiles { n, k, row, scales }
         }
@@ -188,7 +189,8 @@ impl Cpu<'_> {
         let steps = w.k().div_ceil(STEP);
         let panel = mul("packed weights", steps, record_bytes(scheme))?;
         let mut data = vec![0; mul("packed weights", panels, panel)?];
-        let mut seen = vec![Smallest::BF16; panels];
+        // Without columns a panel takes no bytes and there can be any number of them: nothing to see.
+        let mut seen = vec![Smallest::BF16; if panel == 0 { 0 } else { panels }];
         let tier = self.tier();
         for_each_zip(self.parallelism(), (&mut data, panel), (&mut seen, 1), |p, data, seen| {
             let mut decoded = [0.0; DECODED];
