@@ -8,7 +8,7 @@ use super::driver::check_queries;
 use super::prefill::{Queries, check_cache, check_ragged};
 use super::source::{KvSource, PagedSource, RaggedKv};
 use super::spec::AttentionSpec;
-use crate::error::{Result, extent, mul};
+use crate::error::{Error, Result, extent, mul};
 use crate::kv::{KvFormat, PageTable, PagedKv, check_indptr, nvfp4_scale};
 use crate::num::{E8M0, F4E2M1x2, Real};
 use half::{bf16, f16};
@@ -44,7 +44,7 @@ impl Reference {
 /// Attention over contiguous K and V; see [`Cpu::prefill`](crate::Cpu::prefill).
 ///
 /// # Errors
-/// As [`Cpu::prefill`](crate::Cpu::prefill).
+/// As [`Cpu::prefill`](crate::Cpu::prefill); [`Error::Overflow`] if there is no memory for the results.
 pub fn prefill<T: Real, K: Real>(
     spec: &AttentionSpec,
     queries: Queries<'_, T>,
@@ -66,7 +66,7 @@ pub fn prefill<T: Real, K: Real>(
 /// Attention over a paged cache; see [`Cpu::prefill_paged`](crate::Cpu::prefill_paged). Decode is the case of one query a sequence.
 ///
 /// # Errors
-/// As [`Cpu::prefill_paged`](crate::Cpu::prefill_paged).
+/// As [`Cpu::prefill_paged`](crate::Cpu::prefill_paged); [`Error::Overflow`] if there is no memory for the results.
 pub fn paged<T: Real>(
     spec: &AttentionSpec,
     queries: Queries<'_, T>,
@@ -91,6 +91,14 @@ pub fn paged<T: Real>(
         Head { k: rows(kv.k(), shape.head_dim_qk, scales.0), v: rows(kv.v(), shape.head_dim_vo, scales.1) }
     };
     batch(spec, queries, &source, table.num_sequences(), head)
+}
+
+/// Zeros, or an error where there is no memory for them: no slice of the caller bounds the oracle's results.
+fn zeros(len: usize) -> Result<Vec<f64>> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(len).map_err(|_| Error::Overflow { operand: "attention output".into() })?;
+    all.resize(len, 0.0);
+    Ok(all)
 }
 
 /// The exact value of element `d` of a head vector, without the f32 scale.
@@ -130,12 +138,7 @@ fn batch<T: Real, S: KvSource>(
     extent("qo_indptr", "batch", indptr.len() - 1, sequences)?;
     let rows = mul("q", q.tokens(), spec.num_qo_heads)?;
     let outs = mul("attention output", rows, spec.head_dim_vo)?;
-    let mut all = Reference {
-        out: vec![0.0; outs],
-        lse: vec![0.0; rows],
-        out_bound: vec![0.0; outs],
-        lse_bound: vec![0.0; rows],
-    };
+    let mut all = Reference { out: zeros(outs)?, lse: zeros(rows)?, out_bound: zeros(outs)?, lse_bound: zeros(rows)? };
     for seq in 0..sequences {
         let len = source.len(seq);
         for kv_head in 0..spec.num_kv_heads {
