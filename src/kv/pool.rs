@@ -98,7 +98,10 @@ impl KvPool {
         };
         let (k, v) = (shape.plane_bytes(shape.head_dim_qk)?, shape.plane_bytes(shape.head_dim_vo)?);
         let layer = [k.0, k.1, v.0, v.1].iter().try_fold(0usize, |sum, part| sum.checked_add(*part));
-        let total = layer.and_then(|bytes| bytes.checked_mul(num_layers));
+        // Beside the pages: two planes for each layer; a flag, a place in the free list and a mark for each page.
+        let layer = layer.and_then(|bytes| bytes.checked_add(size_of::<[OwnedPlane; 2]>()));
+        let books = shape.num_pages.checked_mul(size_of::<bool>() + size_of::<u32>() + size_of::<usize>());
+        let total = layer.and_then(|bytes| bytes.checked_mul(num_layers)?.checked_add(books?));
         // Ask for all of it once, so that too many layers are refused before the first is made.
         can_allocate(total.ok_or(Error::Overflow { operand: "kv pool".into() })?)?;
         let mut layers = Vec::new();
