@@ -137,6 +137,8 @@ impl<'a> QuantizedMatrix<'a> {
                 needed: "an NVFP4 block scale without the sign bit",
             });
         }
+        // An infinite divisor would make a multiplier of 0.
+        finite("global scale", &[global.stored()])?;
         finite("global scale", &[global.get()])?;
         Self::build(Scheme::Nvfp4, n, k, codes, Scales::Nvfp4 { block, global })
     }
