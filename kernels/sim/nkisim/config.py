@@ -19,6 +19,7 @@ _CHOICES = {
     "psum_after_eviction": ("error", "accumulate", "overwrite"),
     "nan_to_int": ("error", "zero"),
     "mx_special": ("error", "propagate"),
+    "mx_96_partitions": ("allow", "error"),
     "capacity": ("error", "ignore"),
 }
 
@@ -36,6 +37,8 @@ class Settings:
     * `psum_after_eviction`: a matmul with `accumulate=None` onto a tile that was read since its last matmul.
     * `nan_to_int`: NaN converted to an integer.
     * `mx_special`: NaN, infinity or scale 255 in MX operands.
+    * `mx_96_partitions`: MX operands of 96 partitions. The API reference takes any multiple of 32, a library comment
+      excludes 96.
     * `capacity`: whether SBUF and PSUM sizes are enforced (the official simulator does not).
     """
 
@@ -46,6 +49,7 @@ class Settings:
     psum_after_eviction: str = "error"
     nan_to_int: str = "error"
     mx_special: str = "error"
+    mx_96_partitions: str = "allow"
     capacity: str = "error"
 
     def __post_init__(self):

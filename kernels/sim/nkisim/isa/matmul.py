@@ -38,6 +38,7 @@ def nc_matmul(
     if double:
         _check_double_row(prog, stationary, moving, is_transpose, columns)
     _check_dtypes(prog, dst, stationary, moving, is_transpose)
+    accumulate = accumulation(accumulate)
     if is_transpose and accumulate:
         raise PsumError("a transpose does not accumulate")
 
@@ -169,6 +170,13 @@ def _transpose(dst, stationary, moving) -> None:
     operand.store_bits(dst, flat, written=mask.reshape(dst.shape + (-1,)))
 
 
+def accumulation(value) -> bool | None:
+    """`accumulate=` as True, False or None."""
+    if value is None or value in (True, False):
+        return None if value is None else bool(value)
+    raise LanguageError(f"accumulate is {value!r}, need True, False or None")
+
+
 def contract(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a.T @ b rounded to float32 once. Products are exact; the device adds in about float32, in an unknown order."""
     with np.errstate(all="ignore"):
@@ -180,8 +188,6 @@ def write_product(prog, dst: NkiTensor, product: np.ndarray, accumulate) -> None
 
     A bfloat16 dst is widened, added to in float32 and rounded by every instruction.
     """
-    if accumulate not in (None, True, False):
-        raise LanguageError(f"accumulate is {accumulate!r}, need True, False or None")
     access = operand.resolve(dst, "dst")
     product = product.reshape(dst.shape)
     add = _adding(prog, access, accumulate)

@@ -101,7 +101,7 @@ def tensor_copy_predicated(dst, src, predicate, reverse_pred=False, name=None):
         legal.not_both_psum(src, "src", predicate, "predicate")
         if src.dtype != dst.dtype:
             raise DtypeError(f"src is {src.dtype}, dst is {dst.dtype}; they must agree")
-    constant = None if tile else constant(src, dst)
+    element = None if tile else constant(src, dst)
 
     def run():
         take = (operand.raw(predicate, "predicate") != 0) != bool(reverse_pred)
@@ -111,7 +111,7 @@ def tensor_copy_predicated(dst, src, predicate, reverse_pred=False, name=None):
                 dst, values.reshape(dst.shape), written=written.reshape(dst.shape + (-1,)), where=take.reshape(dst.shape)
             )
         else:
-            operand.store_bits(dst, np.broadcast_to(constant, dst.shape), where=take.reshape(dst.shape))
+            operand.store_bits(dst, np.broadcast_to(element, dst.shape), where=take.reshape(dst.shape))
 
     reads = {"src": src if tile else None, "predicate": predicate}
     attrs = {"reverse_pred": bool(reverse_pred)} | ({} if tile else {"src": src})

@@ -13,7 +13,7 @@ from ..errors import DtypeError, MxError, ShapeError
 from ..memory import PSUM, SBUF
 from ..tensor import NkiTensor
 from .common import Engine, instruction, switches
-from .matmul import check_moving, check_result, contract, tiling, write_product
+from .matmul import accumulation, check_moving, check_result, contract, tiling, write_product
 
 # Exponent of the largest power of two that each element type holds.
 _EMAX = {"float8_e4m3fn_x4": 8, "float8_e5m2_x4": 15}
@@ -53,8 +53,10 @@ def _data_tile(t, role: str) -> None:
 
 
 def _partitions(t: NkiTensor, role: str) -> None:
-    if t.shape[0] not in (32, 64, 128):
-        raise MxError(f"{role} has {t.shape[0]} partitions, need 32, 64 or 128")
+    if t.shape[0] % 32:
+        raise MxError(f"{role} has {t.shape[0]} partitions, need a multiple of 32")
+    if t.shape[0] == 96 and switches().mx_96_partitions == "error":
+        raise MxError(f"{role} has 96 partitions, need 32, 64 or 128 (switch mx_96_partitions)")
 
 
 @instruction
@@ -133,6 +135,7 @@ def nc_matmul_mx(
     _data_tile(stationary, "stationary")
     _data_tile(moving, "moving")
     legal.same_partitions(stationary, "stationary", moving, "moving")
+    accumulate = accumulation(accumulate)
     m, n = stationary.free_size, moving.free_size
     rows, _ = tiling(tile_position or (), tile_size or (), stationary.shape[0])
     if m > 128 or m % 2:
