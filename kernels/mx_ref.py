@@ -49,11 +49,17 @@ def pack(codes, scale, element: str, columns: int | None = None):
     return np.ascontiguousarray(words), np.ascontiguousarray(rows.reshape(64, -1, columns))
 
 
+def unpack_scales(scale_rows, k: int):
+    """Scale rows [64, S, C] -> scale bytes [C, K/32]."""
+    columns = scale_rows.shape[2]
+    groups = scale_rows.reshape(4, 4, 4, -1, columns).transpose(4, 3, 1, 0, 2)  # column, scale tile, tile, quadrant, group
+    return np.ascontiguousarray(groups.reshape(columns, -1)[:, : k // 32])
+
+
 def unpack(words, scale_rows, element: str):
     """Layout `mx-quads/1` -> values [C, 512 T] in float64."""
     _, tiles, columns = words.shape
     bits = 4 if element == "e2m1" else 8
     lanes = (words[..., None].astype(np.uint32) >> (bits * np.arange(4, dtype=np.uint32))) & np.uint32(2**bits - 1)
     codes = np.ascontiguousarray(lanes.astype(np.uint8).transpose(2, 1, 0, 3).reshape(columns, tiles * 512))
-    groups = scale_rows.reshape(4, 4, 4, -1, columns).transpose(4, 3, 1, 0, 2)  # column, scale tile, tile, quadrant, group
-    return dequantize(codes, groups.reshape(columns, -1)[:, : tiles * 16], element)
+    return dequantize(codes, unpack_scales(scale_rows, 512 * tiles), element)
