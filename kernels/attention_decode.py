@@ -32,7 +32,11 @@ import nki.language as nl
 
 P_MAX = 128
 BANK = 512  # f32 elements of a PSUM bank
-KEYS_IN_FLIGHT = 3  # K and V tiles that rotate, so that two loads run ahead of the tile being computed
+# Tiles that rotate. A key tile is free once it is transposed, a value tile only two tiles later, after PV: with these
+# numbers two loads of each run ahead of the computation. The stores of results queue behind them.
+LOADS_AHEAD = 2
+KEY_TILES = LOADS_AHEAD + 1
+VALUE_TILES = LOADS_AHEAD + 3
 ROW_BYTES = 16384  # longest row of a gather: DMA saturates at 4 KiB, more only costs SBUF
 
 # Raw scores (before sm_scale) are kept above FLOOR by the running maximum; a masked key is at MASK. Both are bf16 powers of
@@ -101,7 +105,8 @@ def load_column(src):
 def row_ids(block_table, lens, t, sub, tiles, window):
     """[128, B * C] int32: the row of the cache, seen as [N * S / T, T * HKV * D], that partition p of a tile gathers.
 
-    Rows without a visible key get an id out of range. `lens` is [128, B] f32, `sub` = S / T rows of a page.
+    Rows without a visible key get an id out of range, so that they are skipped, but row 0 in the first VALUE_TILES tiles:
+    these find their buffers undefined and must fill them. `lens` is [128, B] f32, `sub` = S / T rows of a page.
     """
     batch, max_pages = block_table.shape
     pages = P_MAX // sub
@@ -147,10 +152,17 @@ def row_ids(block_table, lens, t, sub, tiles, window):
                 dst=old, data=begin, op0=nl.add, operand0=float(t + window), op1=nl.less_equal, operand1=length
             )
             nisa.tensor_tensor(dst=outside, data1=outside, data2=old, op=nl.add)
-        nisa.scalar_tensor_tensor(
-            dst=ids[:, first * tiles : (first + count) * tiles], data=outside, op0=nl.multiply, operand0=SKIP,
-            op1=nl.add, operand1=down,
-        )  # fmt: skip
+        flat = outside.reshape((P_MAX, rows))
+        fill = max(0, min(rows, VALUE_TILES - first * tiles))
+        if fill > 0:
+            inside = nl.ndarray((P_MAX, fill), dtype=nl.float32, buffer=nl.sbuf)
+            nisa.tensor_scalar(dst=inside, data=flat[:, :fill], op0=nl.less, operand0=0.5)
+            nisa.tensor_tensor(dst=ids[:, first * tiles : first * tiles + fill], data1=inside, data2=down[:, :fill], op=nl.multiply)
+        if fill < rows:
+            nisa.scalar_tensor_tensor(
+                dst=ids[:, first * tiles + fill : first * tiles + rows], data=flat[:, fill:], op0=nl.multiply,
+                operand0=SKIP, op1=nl.add, operand1=down[:, fill:],
+            )  # fmt: skip
     return ids
 
 
@@ -298,16 +310,13 @@ def attention_decode(
         nisa.memset(dst=state_first[:, 0, :], value=0.0)
         nisa.activation(dst=state_first[:, 1, :], op=nl.exp, data=back[:v_rows])
 
-    # Rows that a gather skips keep what was there: finite from the start.
+    # Rows that a gather skips keep what an earlier one left there.
     k_tiles = []
     v_tiles = []
-    for i in range(KEYS_IN_FLIGHT):
-        k_tile = nl.ndarray((P_MAX, t * width), dtype=k_cache.dtype, buffer=nl.sbuf)
-        v_tile = nl.ndarray((P_MAX, t * width), dtype=k_cache.dtype, buffer=nl.sbuf)
-        nisa.memset(dst=k_tile.view(nl.uint8), value=0, engine=nisa.engine.gpsimd)
-        nisa.memset(dst=v_tile.view(nl.uint8), value=0, engine=nisa.engine.gpsimd)
-        k_tiles.append(k_tile)
-        v_tiles.append(v_tile)
+    for _ in range(KEY_TILES):
+        k_tiles.append(nl.ndarray((P_MAX, t * width), dtype=k_cache.dtype, buffer=nl.sbuf))
+    for _ in range(VALUE_TILES):
+        v_tiles.append(nl.ndarray((P_MAX, t * width), dtype=k_cache.dtype, buffer=nl.sbuf))
     k_rows_hbm = k_cache.reshape((num_pages * sub, t * width))
     v_rows_hbm = v_cache.reshape((num_pages * sub, t * width))
     out = nl.ndarray((batch, hq, d), dtype=nl.bfloat16, buffer=nl.shared_hbm)
@@ -323,7 +332,22 @@ def attention_decode(
     peak = None
     m_old = m_first
     state = state_first
-    for i in range(total + 2):
+    for i in range(-LOADS_AHEAD, total + 2):
+        ahead = i + LOADS_AHEAD
+        if ahead < total:
+            filling = ahead < VALUE_TILES
+            rows = P_MAX if filling else min(P_MAX, max_pages * sub - ahead % tiles * P_MAX)
+            missing = nisa.oob_mode.error if filling else nisa.oob_mode.skip
+            row = [[t * width, rows], [1, t * width]]
+            index = ids[:rows, ahead : ahead + 1]
+            nisa.dma_copy(
+                dst=k_tiles[ahead % KEY_TILES][:rows],
+                src=k_rows_hbm.ap(row, offset=0, vector_offset=index), oob_mode=missing,
+            )  # fmt: skip
+            nisa.dma_copy(
+                dst=v_tiles[ahead % VALUE_TILES][:rows],
+                src=v_rows_hbm.ap(row, offset=0, vector_offset=index), oob_mode=missing,
+            )  # fmt: skip
         if 1 <= i and i <= total:
             # The tile's maximum for each head: over partitions by a transpose, back to all partitions by a matmul.
             rows = min(P_MAX, max_pages * sub - (i - 1) % tiles * P_MAX)
@@ -333,18 +357,10 @@ def attention_decode(
             nisa.tensor_reduce(dst=top, op=nl.maximum, data=across[:, :rows], axis=1)
             diagonal = nl.ndarray((hq, hq), dtype=nl.bfloat16, buffer=nl.sbuf)
             nisa.tensor_scalar(dst=diagonal, data=ident[:hq, :hq], op0=nl.multiply, operand0=top)
-        if i < total:
+        if 0 <= i and i < total:
             b, c = i // tiles, i % tiles
             rows = min(P_MAX, max_pages * sub - c * P_MAX)
-            k_tile, v_tile = k_tiles[i % KEYS_IN_FLIGHT], v_tiles[i % KEYS_IN_FLIGHT]
-            row = [[t * width, rows], [1, t * width]]
-            index = ids[:rows, i : i + 1]
-            nisa.dma_copy(
-                dst=k_tile[:rows], src=k_rows_hbm.ap(row, offset=0, vector_offset=index), oob_mode=nisa.oob_mode.skip
-            )
-            nisa.dma_copy(
-                dst=v_tile[:rows], src=v_rows_hbm.ap(row, offset=0, vector_offset=index), oob_mode=nisa.oob_mode.skip
-            )
+            k_tile = k_tiles[i % KEY_TILES]
             if c == 0:
                 q_block = query_blocks(q_all[:, b, :], k_heads, words, elements, ident, k_mask)
                 hidden = nl.ndarray((P_MAX, tiles, t), dtype=nl.bfloat16, buffer=nl.sbuf)
@@ -377,7 +393,7 @@ def attention_decode(
                 nisa.activation(dst=alpha, op=nl.exp, data=drop, scale=scale)
             alphas.append(alpha)
             m_old = m_new
-        if i < total:
+        if 0 <= i and i < total:
             # Raw scores [key, (token of the row, query head)]: hidden keys first, then QK on top.
             scores = nl.ndarray((P_MAX, t, hq), dtype=nl.float32, buffer=nl.psum)
             nisa.nc_matmul(
@@ -412,7 +428,7 @@ def attention_decode(
             b, c = (i - 2) // tiles, (i - 2) % tiles
             rows = min(P_MAX, max_pages * sub - c * P_MAX)
             p, alpha = p_tiles[i - 2], alphas[i - 2]
-            values = v_tiles[(i - 2) % KEYS_IN_FLIGHT].reshape((P_MAX, t, width))
+            values = v_tiles[(i - 2) % VALUE_TILES].reshape((P_MAX, t, width))
             part = nl.ndarray((v_rows, 2, hq), dtype=nl.float32, buffer=nl.psum)
             for chunk in range(v_chunks):
                 columns = nl.ds(chunk * v_columns, v_columns)
