@@ -3,7 +3,7 @@
 //! # Modules
 //!
 //! Dependencies point one way: [`num`] and [`quant`] say what numbers and matrices are; [`matmul`], [`attention`] (over
-//! [`kv`]) and [`layer`] compute on them; [`cpu`] is the machine. Operations are methods of [`Cpu`] or take one.
+//! [`kv`]) and [`layer`] compute on them; [`cpu`] is the machine and [`trainium`] the device on paper. Operations are methods of [`Cpu`] or take one.
 #![deny(unsafe_code)]
 
 pub mod attention;
@@ -16,6 +16,7 @@ pub mod layer;
 pub mod matmul;
 pub mod num;
 pub mod quant;
+pub mod trainium;
 mod view;
 
 pub use cpu::{Cpu, Isa, Parallelism, Workspace};

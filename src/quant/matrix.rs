@@ -483,10 +483,15 @@ impl<'a> QuantizedMatrix<'a> {
     /// Code bytes of the 32 elements from `32 * step` of a row, in [`NibbleOrder::Interleaved`] order, zero past k.
     /// `out` has the bytes of 32 codes.
     pub(crate) fn step_codes(&self, row: usize, step: usize, out: &mut [u8]) {
-        let first = step * 32;
-        let valid = self.k.saturating_sub(first).min(32);
-        out.fill(0);
+        self.copy_codes(row, step * 32, out);
+    }
+
+    /// Code bytes of as many elements as `out` has room for, from the even element `first` of a row, in
+    /// [`NibbleOrder::Interleaved`] order, zero past k.
+    pub(crate) fn copy_codes(&self, row: usize, first: usize, out: &mut [u8]) {
+        let valid = self.k.saturating_sub(first).min(out.len() * 8 / self.scheme.bits());
         if self.scheme.bits() == 4 && self.nibbles == NibbleOrder::Halves {
+            out.fill(0);
             for i in 0..valid {
                 let code = self.code(row, first + i).unwrap_or_default() as u8;
                 out[i / 2] |= code << (4 * (i % 2));
@@ -494,9 +499,21 @@ impl<'a> QuantizedMatrix<'a> {
             return;
         }
         // Planar: a row's codes are contiguous whatever the block.
-        let start = row * self.codes.row + self.scheme.code_bytes(first);
-        let bytes = self.scheme.code_bytes(valid);
-        out[..bytes].copy_from_slice(&self.codes.data[start..start + bytes]);
+        let start = row * self.codes.row + self.scheme.code_bytes(first.min(self.k));
+        let (codes, pad) = out.split_at_mut(self.scheme.code_bytes(valid));
+        codes.copy_from_slice(&self.codes.data[start..start + codes.len()]);
+        pad.fill(0);
+    }
+
+    /// Block scale codes of a row from block `first` on, as many as `out` has room for; what lies past k, or has no block scale,
+    /// is left as it was.
+    pub(crate) fn copy_block_scales(&self, row: usize, first: usize, out: &mut [u8]) {
+        if let Scales::E8m0(s) | Scales::Nvfp4 { block: s, .. } = &self.scales {
+            let blocks = self.k / self.scheme.block();
+            for (scale, b) in out.iter_mut().zip(first..blocks) {
+                *scale = s.at(row, b, 1)[0];
+            }
+        }
     }
 }
 

@@ -1,0 +1,157 @@
+//! Packing into `rows-128/1` and back.
+#![forbid(unsafe_code)]
+
+use super::halve::{Halving, doubled};
+use super::rows::{RowElement, RowPlace, RowsLayout};
+use super::words::QUADRANTS;
+use super::{check_name, check_weight, filled};
+use crate::cpu::Parallelism;
+use crate::error::{Error, Result, length};
+use crate::num::BridgeReport;
+use crate::quant::{GlobalScale, QuantizedMatrix, QuantizedMatrixBuf, Scheme};
+
+/// A weight in [`RowsLayout`]: the tensors to write to HBM.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedRows {
+    layout: RowsLayout,
+    data: Vec<u8>,
+    scales: Vec<f32>,
+}
+
+impl RowsLayout {
+    /// Packs `w` into the caller's memory: `data` of [`data_bytes`](RowsLayout::data_bytes). Every byte is written, padding too.
+    /// f32 scales are not part of it: [`RowsLayout::scales`].
+    ///
+    /// The report counts codes that halving rounded; if nothing is halved, all are exact.
+    ///
+    /// # Errors
+    /// [`Error::Extent`] or [`Error::Unsupported`] for a weight of another shape or scheme; [`Error::Length`]. Nothing is written
+    /// then.
+    pub fn pack_into(
+        &self,
+        w: &QuantizedMatrix<'_>,
+        parallelism: Parallelism<'_>,
+        data: &mut [u8],
+    ) -> Result<BridgeReport> {
+        check_weight(w, (self.scheme(), self.n(), self.k()))?;
+        let halving = self.halves().then(Halving::new);
+        let mut rounded = vec![0; self.words.tiles * QUADRANTS];
+        self.words.pack(self.columns(), parallelism, data, &mut rounded, |rounded, piece, bytes| {
+            let Some(n) = piece.channel else { return bytes.fill(0) };
+            w.copy_codes(n, piece.first, bytes);
+            if let Some(halving) = &halving {
+                *rounded += halving.apply(bytes);
+            }
+        })?;
+        // Padding is zeros, which halve exactly: only the weight's codes are reported.
+        Ok(Halving::report(self.n() * self.k(), rounded.iter().sum()))
+    }
+
+    /// The f32 scales that multiply the result: `[1]` per tensor, `[C]` per channel (1.0 in padding), the grid as it is for tiles
+    /// (`[ceil(n / tile n), ceil(k / tile k)]`), none for bf16. Doubled where codes are halved.
+    ///
+    /// # Errors
+    /// [`Error::Extent`] or [`Error::Unsupported`] for a weight of another shape or scheme; [`Error::Value`] for a scale that
+    /// cannot be doubled.
+    pub fn scales(&self, w: &QuantizedMatrix<'_>) -> Result<Vec<f32>> {
+        check_weight(w, (self.scheme(), self.n(), self.k()))?;
+        let mut scales: Vec<f32> = match self.scheme() {
+            Scheme::Fp8PerTensor(_) => w.outer_scale(0, 0).into_iter().collect(),
+            Scheme::Fp8PerChannel(_) => (0..w.n()).filter_map(|n| w.outer_scale(n, 0)).collect(),
+            Scheme::Fp8Blockwise { n, k, .. } => {
+                let tiles = (0..w.n()).step_by(n).flat_map(|i| (0..w.k()).step_by(k).map(move |j| (i, j)));
+                tiles.filter_map(|(i, j)| w.outer_scale(i, j)).collect()
+            }
+            _ => Vec::new(),
+        };
+        if self.halves() {
+            doubled("scales", &mut scales)?;
+        }
+        match self.scheme() {
+            Scheme::Fp8PerChannel(_) => self.columns().pack(&scales, 1.0),
+            _ => Ok(scales),
+        }
+    }
+
+    /// Packs `w`, and says what halving did to its codes.
+    ///
+    /// # Errors
+    /// As [`RowsLayout::pack_into`] and [`RowsLayout::scales`]; [`Error::Unsupported`] without memory for the padded tensor.
+    pub fn pack(&self, w: &QuantizedMatrix<'_>, parallelism: Parallelism<'_>) -> Result<(PackedRows, BridgeReport)> {
+        let scales = self.scales(w)?;
+        let mut data = filled("packed data", self.data_bytes(), 0)?;
+        let report = self.pack_into(w, parallelism, &mut data)?;
+        Ok((PackedRows { layout: *self, data, scales }, report))
+    }
+
+    /// Number of f32 scales.
+    fn scale_count(&self) -> usize {
+        match self.scheme() {
+            Scheme::Fp8PerTensor(_) => 1,
+            Scheme::Fp8PerChannel(_) => self.columns().count(),
+            Scheme::Fp8Blockwise { n, k, .. } => {
+                self.n().div_ceil(n.max(1)).saturating_mul(self.k().div_ceil(k.max(1)))
+            }
+            _ => 0,
+        }
+    }
+}
+
+impl PackedRows {
+    /// Takes tensors that were packed before: `name` is the layout they were packed in, `scales` as [`RowsLayout::scales`] gives
+    /// them.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for another layout or version; [`Error::Length`].
+    pub fn from_parts(name: &str, layout: RowsLayout, data: Vec<u8>, scales: Vec<f32>) -> Result<Self> {
+        check_name(name, RowsLayout::NAME)?;
+        length("packed data", data.len(), layout.data_bytes())?;
+        length("f32 scales", scales.len(), layout.scale_count())?;
+        Ok(PackedRows { layout, data, scales })
+    }
+
+    /// The layout.
+    pub fn layout(&self) -> &RowsLayout {
+        &self.layout
+    }
+
+    /// `[128, H, C]` elements, little-endian.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// f32 multipliers: as [`RowsLayout::scales`].
+    pub fn scales(&self) -> &[f32] {
+        &self.scales
+    }
+
+    /// The code at a place, as the device reads it; `None` outside the tensor.
+    pub fn code(&self, at: RowPlace) -> Option<u16> {
+        let [partitions, halves, columns] = self.layout.data_shape();
+        if at.partition >= partitions || at.half >= halves || at.column >= columns {
+            return None;
+        }
+        let i = self.layout.index(at);
+        match self.layout.element() {
+            RowElement::Fp8(_) => self.data.get(i).map(|code| u16::from(*code)),
+            RowElement::Bf16 => self.data.as_chunks::<2>().0.get(i).map(|word| u16::from_le_bytes(*word)),
+        }
+    }
+
+    /// What the device reads as a matrix again: codes and scales in planar order, of [`RowsLayout::device_scheme`] (so halved codes
+    /// stay halved and their scales doubled).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] without memory for it.
+    pub fn unpack(&self, parallelism: Parallelism<'_>) -> Result<QuantizedMatrixBuf> {
+        let (scheme, n, k) = (self.layout.device_scheme(), self.layout.n(), self.layout.k());
+        let columns = self.layout.columns();
+        let codes = self.layout.words.unpack(columns, parallelism, &self.data, scheme.code_bytes(k))?;
+        let outer_scales = match scheme {
+            Scheme::Fp8PerChannel(_) => columns.unpack(&self.scales)?,
+            _ => self.scales.clone(),
+        };
+        let (block_scales, global) = (Vec::new(), GlobalScale::ONE);
+        Ok(QuantizedMatrixBuf { scheme, n, k, codes, block_scales, global, outer_scales })
+    }
+}

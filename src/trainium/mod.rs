@@ -1,0 +1,11 @@
+//! The device on paper: what its memories and engines are, how tensors lie in them, what a problem must cost.
+//!
+//! Pure data: nothing here calls a driver. [`chip`] is the table of documented constants, [`layout`] turns checkpoint weights into
+//! the tensors that the kernels in `kernels/` read from HBM and back, [`roofline`] says what bounds a problem.
+#![forbid(unsafe_code)]
+
+pub mod chip;
+pub mod layout;
+pub mod roofline;
+
+pub use chip::{Chip, MatmulMode};
