@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub mod chip;
+#[cfg(feature = "emulator")]
+pub mod emulator;
 pub mod layout;
 pub mod roofline;
 
