@@ -5,7 +5,7 @@
 mod files;
 mod support;
 
-use files::{GgufFile, gguf_string, safetensors};
+use files::{GgufEntry, GgufFile, gguf_string, safetensors};
 use half::{bf16, f16};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -433,4 +433,77 @@ fn a_model_lacks_a_tensor_or_has_two_namings() {
             assert!(error.to_string().contains(leave_out.as_str()), "{leave_out}: {error}");
         }
     }
+}
+
+/// NVFP4 weights by the facts of the format: 64 elements in 36 bytes, four scales first, each 16 elements in two halves.
+#[test]
+fn gguf_nvfp4_takes_its_scale_from_another_tensor() {
+    let (rows, k) = (6, 128);
+    // Every scale code that is a number and not zero-by-decree, every nibble pair.
+    let block = |i: usize| -> Vec<u8> {
+        let scales = (0..4).map(|j| ((i * 4 + j) * 11 % 0x7E + 1) as u8);
+        scales.chain((0..32).map(|j| ((i * 32 + j) * 37 % 256) as u8)).collect()
+    };
+    let bytes: Vec<u8> = (0..rows * k / 64).flat_map(block).collect();
+    let value = |row: usize, col: usize, global: f32| {
+        let block = &bytes[(row * k + col) / 64 * 36..];
+        let (sub, i) = (col % 64 / 16, col % 16);
+        let byte = block[4 + sub * 8 + i % 8];
+        let code = if i < 8 { byte & 15 } else { byte >> 4 };
+        let magnitude = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(code & 7)];
+        let element = if code >= 8 { -magnitude } else { magnitude };
+        element * f64::from(F8E4M3Fn::from_bits(block[sub]).to_f32()) * f64::from(global)
+    };
+    let entry = |name: &str, extents: &[u64], ggml_type, offset| GgufEntry {
+        name: name.into(),
+        extents: extents.into(),
+        ggml_type,
+        offset,
+    };
+    let scale_at = bytes.len().next_multiple_of(32);
+    let with = |shape: &[u64], scales: &[(&str, &[f32])]| {
+        let mut file = GgufFile { keys: vec![], data: bytes.clone(), ..GgufFile::good() };
+        file.tensors = vec![entry("ffn.weight", shape, 40, 0)];
+        for (name, values) in scales {
+            file.data.resize(file.data.len().next_multiple_of(32), 0);
+            file.tensors.push(entry(name, &[values.len() as u64], 0, file.data.len() as u64));
+            file.data.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+        }
+        assert!(file.data.len() >= scale_at || scales.is_empty());
+        Gguf::from_bytes("file.gguf", file.bytes()).unwrap()
+    };
+    for name in ["ffn.scale", "ffn.weight.scale"] {
+        let weights = with(&[128, 6], &[(name, &[0.75])]).nvfp4("ffn.weight").unwrap();
+        assert_eq!(weights.experts(), 1);
+        let expected: Vec<f64> = (0..rows * k).map(|i| value(i / k, i % k, 0.75)).collect();
+        assert_eq!(values(&weights.matrix(0).unwrap()), expected);
+    }
+    for globals in [&[0.75f32, 2.0, 3.0][..], &[0.75]] {
+        let weights = with(&[128, 2, 3], &[("ffn.scale", globals)]).nvfp4("ffn.weight").unwrap();
+        let stack = weights.stack().unwrap();
+        assert_eq!((stack.len(), stack.n(), stack.k(), stack.scheme()), (3, 2, 128, Scheme::Nvfp4));
+        for (e, expert) in stack.iter().enumerate() {
+            let global = globals.get(e).copied().unwrap_or(0.75);
+            let expected: Vec<f64> = (0..2 * k).map(|i| value(e * 2 + i / k, i % k, global)).collect();
+            assert_eq!(values(expert), expected, "expert {e}");
+        }
+        assert!(weights.matrix(3).unwrap_err().to_string().contains("ffn.weight[0]: index 3 is out of range"));
+    }
+    let refusal = |shape: &[u64], scales: &[(&str, &[f32])]| {
+        let file = with(shape, scales);
+        let weights = file.nvfp4("ffn.weight");
+        weights.and_then(|w| w.stack().map(drop)).unwrap_err().to_string()
+    };
+    assert!(refusal(&[128, 6], &[]).contains("ffn.scale: missing, needed by the NVFP4 weight ffn.weight"));
+    let both = refusal(&[128, 6], &[("ffn.scale", &[1.0]), ("ffn.weight.scale", &[1.0])]);
+    assert!(both.contains("ffn.weight.scale: given but not wanted"), "{both}");
+    assert!(refusal(&[128, 2, 3], &[("ffn.scale", &[1.0, 2.0])]).contains("has 2 f32 scales, needed 1 or 3"));
+    assert!(refusal(&[128, 6], &[("ffn.scale", &[f32::NAN])]).contains("ffn.weight f32 scale[0]: got NaN"));
+    assert!(refusal(&[128, 3, 2, 1], &[("ffn.scale", &[1.0])]).contains("ffn.weight: has shape [1, 2, 3, 128]"));
+    let mut signed = GgufFile { keys: vec![], data: bytes.clone(), ..GgufFile::good() };
+    signed.data[37] |= 0x80;
+    signed.data.resize(scale_at + 4, 0);
+    signed.tensors = vec![entry("ffn.weight", &[128, 6], 40, 0), entry("ffn.scale", &[1], 0, scale_at as u64)];
+    let error = Gguf::from_bytes("file.gguf", signed.bytes()).unwrap().nvfp4("ffn.weight").unwrap_err().to_string();
+    assert!(error.contains("ffn.weight[37]") && error.contains("without the sign bit"), "{error}");
 }

@@ -4,6 +4,13 @@ mod support;
 
 #[path = "golden_cases/attention.rs"]
 mod attention;
+#[path = "golden_cases/blocks.rs"]
+mod blocks;
+#[path = "golden_cases/compare.rs"]
+mod compare;
+#[path = "golden_cases/formats.rs"]
+mod formats;
+#[allow(dead_code)] // the tests use their part
 #[path = "../examples/gpt_oss/mod.rs"]
 mod gpt_oss;
 #[path = "golden_cases/gpt_oss.rs"]

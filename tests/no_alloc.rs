@@ -12,7 +12,7 @@ use trn_kernels::layer::{
 };
 use trn_kernels::matmul::{MatmulOptions, PackedExperts, RowSource};
 use trn_kernels::num::Fp8;
-use trn_kernels::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme};
+use trn_kernels::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme, quantize_into};
 use trn_kernels::{Cpu, HeadsMut, MatMut, MatRef, Workspace};
 
 struct Counting;
@@ -121,5 +121,63 @@ fn matmul_allocates_nothing() {
         };
         all();
         assert_eq!(allocations(all), 0, "{scheme:?}");
+    }
+}
+
+/// A decode step of one layer: page table, append, plan, decode; and a prefill of contiguous tokens.
+#[test]
+fn attention_allocates_nothing() {
+    use trn_kernels::attention::{AttentionOut, AttentionSpec, Queries, RaggedKv, plan_decode};
+    use trn_kernels::kv::{KvConfig, KvFormat, KvPool, KvSequence, PageTable, append_kv};
+    use trn_kernels::num::Fp8;
+    use trn_kernels::{HeadsMut, HeadsRef};
+
+    let spec = AttentionSpec::new(4, 2, 32);
+    let cpu = Cpu::detect();
+    let x = Rng(2).wide(40 * 4 * 32, 0..=0);
+    let sinks = [0.5; 4];
+    for format in [KvFormat::Bf16, KvFormat::Fp8(Fp8::E4M3Fn), KvFormat::Mxfp4, KvFormat::Nvfp4] {
+        let mut pool = KvPool::new(KvConfig::new(format, 1, 8, 16, 2, 32)).unwrap();
+        let mut sequences = [KvSequence::new(&pool), KvSequence::new(&pool)];
+        sequences.iter_mut().for_each(|s| s.grow(&mut pool, 30).unwrap());
+        let mut table = PageTable::from_sequences(&sequences).unwrap();
+        let (mut out, mut lse) = (vec![0.0f32; 40 * 4 * 32], vec![0.0f32; 40 * 4]);
+        let mut ws = Workspace::new();
+        let mut step = || {
+            table.refill(&sequences).unwrap();
+            let new = HeadsRef::new(&x[..2 * 64], 2, 2, 32).unwrap();
+            append_kv(&mut pool, 0, &table, &[0, 1, 2], new, new).unwrap();
+            let kv = pool.layer(0).unwrap();
+            let plan = plan_decode(&spec, &kv, &table).unwrap();
+            let q = HeadsRef::new(&x[..2 * 128], 2, 4, 32).unwrap();
+            let heads = HeadsMut::new(&mut out[..2 * 128], 2, 4, 32).unwrap();
+            let output = AttentionOut { out: heads, lse: Some(&mut lse[..8]) };
+            cpu.decode(&plan, q, &kv, Some(&sinks), output, &mut ws).unwrap();
+
+            let q = HeadsRef::new(&x, 40, 4, 32).unwrap();
+            let k = HeadsRef::new(&x[..40 * 64], 40, 2, 32).unwrap();
+            let queries = Queries { q, indptr: &[0, 40], sinks: None };
+            let output = AttentionOut { out: HeadsMut::new(&mut out, 40, 4, 32).unwrap(), lse: Some(&mut lse) };
+            cpu.prefill(&spec, queries, RaggedKv { k, v: k, indptr: &[0, 40] }, output, &mut ws).unwrap();
+        };
+        step();
+        assert_eq!(allocations(step), 0, "{format:?}");
+    }
+}
+
+#[test]
+fn quantizing_activations_again_allocates_nothing() {
+    let mut rng = Rng(2);
+    let (m, k) = (9, 256);
+    let x = rng.wide(m * k, 0..=0);
+    let x = MatRef::new(&x, m, k).unwrap();
+    for scheme in SCHEMES {
+        let mut out = QuantizedMatrixBuf::new();
+        let mut quantize = || {
+            quantize_into(x, scheme, &QuantizeOptions::default(), &mut out).unwrap();
+            assert_eq!(out.view().n(), m);
+        };
+        quantize();
+        assert_eq!(allocations(quantize), 0, "{scheme:?}");
     }
 }

@@ -4,7 +4,7 @@
 #[path = "../../tests/support/files.rs"]
 mod files;
 
-use files::{GgufFile, gguf_array, gguf_string, safetensors};
+use files::{GgufEntry, GgufFile, gguf_array, gguf_string, safetensors};
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
@@ -42,6 +42,18 @@ fn main() -> io::Result<()> {
     let words = gguf_array(8, 2, &[gguf_string("a"), gguf_string("b")].concat());
     write(&corpus, "gguf", "tensors", bare.bytes())?;
     write(&corpus, "gguf", "words", GgufFile { version: 2, ..bare }.with_key("words", 9, words).bytes())?;
+    let entry = |name: &str, extents: &[u64], ggml_type, offset| GgufEntry {
+        name: name.into(),
+        extents: extents.into(),
+        ggml_type,
+        offset,
+    };
+    let tensors = vec![entry("w.weight", &[64, 1], 40, 0), entry("w.scale", &[1], 0, 64)];
+    let data = [&[0x38; 64][..], &one].concat();
+    write(&corpus, "gguf", "nvfp4", GgufFile { keys: vec![], tensors, data, ..GgufFile::good() }.bytes())?;
+    // Page size of the pool; then indptr, indices and last_page_len, or a block table and lengths; then what is appended.
+    write(&corpus, "page_table", "flashinfer", [1, 0, 3, 0, 2, 3, 3, 0, 3, 6, 2, 1, 4, 3, 0, 1, 3])?;
+    write(&corpus, "page_table", "vllm", [1, 1, 4, 0, 3, 6, 7, 2, 5, 8, 2, 3, 0, 1, 2])?;
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-gpt-oss");
     for (name, path) in [("hugging-face", "config.json"), ("original", "original/config.json")] {
         write(&corpus, "gpt_oss_config", name, fs::read(models.join(path))?)?;

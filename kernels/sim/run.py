@@ -50,8 +50,7 @@ def _official():
 
 
 def _simulator():
-    if _HERE not in sys.path:
-        sys.path.insert(0, _HERE)
+    sys.path[:] = [_HERE, *_without_simulator()]
     return importlib.import_module("nki")
 
 
@@ -107,6 +106,8 @@ def main(argv: list[str]) -> int:
     if not argv:
         print(__doc__)
         return 2
+    # Tiles are at most 128 x 128 x 512: threads only cost time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name, module = backend()
     print(f"nki backend: {name} {getattr(module, '__version__', '')}", file=sys.stderr)
     sys.argv = argv

@@ -10,7 +10,7 @@ use crate::num::Real;
 use crate::view::{HeadsMut, HeadsRef};
 
 /// Items in flight for each thread: enough that blocks of unlike cost even out, few enough that their results stay small.
-const ITEMS_PER_THREAD: usize = 16;
+const ITEMS_PER_THREAD: usize = 8;
 
 /// Where attention writes.
 #[derive(Debug)]

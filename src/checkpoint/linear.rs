@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::quant_config::{FLOAT, MXFP4, MXFP8, NVFP4};
-use super::{Checkpoint, Tensor};
+use super::{Checkpoint, Tensor, named};
 use crate::error::{Error, Name, Result};
 use crate::num::Fp8;
 use crate::quant::{GlobalScale, QuantizedMatrix};
@@ -186,31 +186,24 @@ impl<'c> Layer<'c, '_> {
         }
         self.only(FLOAT, &[used])?;
         let scales = scale.f32()?;
-        let tiled = |block: (usize, usize)| (n.div_ceil(block.0), k.div_ceil(block.1), block);
-        let (rows, cols, block) = match (scale.shape, used) {
+        let matrix = match (scale.shape, used) {
             // A single scale is a tile only where tiles were announced.
-            ([] | [1], "weight_scale") => {
-                let matrix = QuantizedMatrix::fp8_per_tensor(element, n, k, codes.bytes, finite(&scale)?);
-                return matrix.map_err(|e| named(e, codes.name, scale.name));
-            }
-            ([1, 1], "weight_scale") if !quant.has_weight_block() => {
-                let matrix = QuantizedMatrix::fp8_per_tensor(element, n, k, codes.bytes, finite(&scale)?);
-                return matrix.map_err(|e| named(e, codes.name, scale.name));
+            (shape @ ([] | [1] | [1, 1]), "weight_scale") if shape.len() < 2 || !quant.has_weight_block() => {
+                QuantizedMatrix::fp8_per_tensor(element, n, k, codes.bytes, finite(&scale)?)
             }
             ([rows, 1], "weight_scale") if *rows == n => {
-                let matrix = QuantizedMatrix::fp8_per_channel(element, n, k, codes.bytes, scales);
-                return matrix.map_err(|e| named(e, codes.name, scale.name));
+                QuantizedMatrix::fp8_per_channel(element, n, k, codes.bytes, scales)
             }
-            ([_, 1, _, 1], "weight_scale") => tiled((128, 128)),
-            _ => tiled(quant.weight_block()),
+            (shape, _) => {
+                let modelopt = matches!((shape, used), ([_, 1, _, 1], "weight_scale"));
+                let block = if modelopt { (128, 128) } else { quant.weight_block() };
+                let (rows, cols) = (("n tiles", n.div_ceil(block.0)), ("k tiles", k.div_ceil(block.1)));
+                let axes = if modelopt { vec![rows, ("n", 1), cols, ("k", 1)] } else { vec![rows, cols] };
+                scale.expect_shape(&axes)?;
+                QuantizedMatrix::fp8_blockwise(element, n, k, codes.bytes, scales, block)
+            }
         };
-        if scale.shape.len() == 4 {
-            scale.expect_shape(&[("n tiles", rows), ("1", 1), ("k tiles", cols), ("1", 1)])?;
-        } else {
-            scale.expect_shape(&[("n tiles", rows), ("k tiles", cols)])?;
-        }
-        QuantizedMatrix::fp8_blockwise(element, n, k, codes.bytes, scales, block)
-            .map_err(|e| named(e, codes.name, scale.name))
+        matrix.map_err(|e| named(e, codes.name, scale.name))
     }
 }
 
@@ -251,20 +244,4 @@ fn checked(t: &Tensor<'_>, good: impl Fn(f32) -> bool, needed: &'static str) -> 
         return Ok(x);
     }
     Err(Error::Value { operand: t.name.to_owned().into(), at: 0, got: x.to_string(), needed })
-}
-
-/// The error of a quantized matrix, with the tensor's name in place of the operand's.
-fn named(mut e: Error, codes: &str, scale: &str) -> Error {
-    match &mut e {
-        Error::Length { operand, .. }
-        | Error::Extent { operand, .. }
-        | Error::Multiple { operand, .. }
-        | Error::Overflow { operand }
-        | Error::Empty { operand, .. }
-        | Error::Value { operand, .. } => {
-            *operand = if operand.contains("scale") { scale } else { codes }.to_owned().into();
-        }
-        _ => {}
-    }
-    e
 }

@@ -42,3 +42,19 @@ use crate::error::Error;
 fn bad(at: impl Into<String>, problem: impl Into<String>) -> Error {
     Error::Checkpoint { at: at.into(), problem: problem.into() }
 }
+
+/// The error of a quantized matrix, with the tensor's name in place of the operand's.
+fn named(mut e: Error, codes: &str, scale: &str) -> Error {
+    match &mut e {
+        Error::Length { operand, .. }
+        | Error::Extent { operand, .. }
+        | Error::Multiple { operand, .. }
+        | Error::Overflow { operand }
+        | Error::Empty { operand, .. }
+        | Error::Value { operand, .. } => {
+            *operand = if operand.contains("scale") { scale } else { codes }.to_owned().into();
+        }
+        _ => {}
+    }
+    e
+}

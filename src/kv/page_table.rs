@@ -88,8 +88,7 @@ impl PageTable {
                 let operand = format!("block table row {b}").into();
                 return Err(Error::Extent { operand, axis: "max_pages", got: max_pages, needed: pages });
             }
-            for at in b * max_pages..b * max_pages + pages {
-                let page = block_table[at];
+            for (at, &page) in block_table.iter().enumerate().skip(b * max_pages).take(pages) {
                 indices.push(u32::try_from(page).map_err(|_| Error::Index {
                     operand: "block table".into(),
                     at,

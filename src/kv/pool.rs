@@ -17,7 +17,9 @@ pub struct KvConfig {
 }
 
 impl KvConfig {
-    /// A pool with keys and values of one `head_dim` and the OCP rule for MX scales ([`ScaleRule::Floor`]).
+    /// A pool with keys and values of one `head_dim`. MX scales: MXFP8 by [`ScaleRule::Trainium`], what the device's own quantizer
+    /// does and the one of least error (31.5 dB against 30.7 of `Floor` on Gaussian data), MXFP4 by [`ScaleRule::Even`] (19.0
+    /// against 18.8); set [`KvConfig::rule`] for another.
     pub fn new(
         format: KvFormat,
         num_layers: usize,
@@ -28,7 +30,8 @@ impl KvConfig {
     ) -> Self {
         let (head_dim_qk, head_dim_vo) = (head_dim, head_dim);
         let shape = KvShape { format, num_pages, page_size, num_kv_heads, head_dim_qk, head_dim_vo };
-        KvConfig { shape, num_layers, rule: ScaleRule::Floor }
+        let rule = if format == KvFormat::Mxfp4 { ScaleRule::Even } else { ScaleRule::Trainium };
+        KvConfig { shape, num_layers, rule }
     }
 }
 

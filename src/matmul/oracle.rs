@@ -133,10 +133,10 @@ fn finish(sum: f64, error: f64, bias: f64, previous: f64, options: &MatmulOption
     let reach = value.abs() + bound;
     let (half_unit, max, subnormal) = match output {
         OutputType::F32 => (U, f64::from(f32::MAX), 2f64.powi(-150)),
-        OutputType::Bf16 => (2f64.powi(-9), f64::from(half::bf16::MAX), 2f64.powi(-134)),
-        OutputType::F16 => (2f64.powi(-12), f64::from(half::f16::MAX), 2f64.powi(-25)),
+        OutputType::Bf16 => (2f64.powi(-8), f64::from(half::bf16::MAX), 2f64.powi(-134)),
+        OutputType::F16 => (2f64.powi(-11), f64::from(half::f16::MAX), 2f64.powi(-25)),
     };
-    bound += half_unit * 2.0 * reach + subnormal;
+    bound += half_unit * reach + subnormal;
     Expected { value, bound: if reach > max { f64::INFINITY } else { bound } }
 }
 

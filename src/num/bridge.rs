@@ -17,7 +17,7 @@ pub struct BridgeReport {
 
 /// Rewrites E4M3FN codes as the E4M3 IEEE codes of the same values, in place, under the same scale.
 ///
-/// Magnitudes up to 240 keep their byte. The six codes from 256 to 448 saturate to 240 and count as overflowed: use
+/// Magnitudes up to 240 keep their byte. The seven codes from 256 to 448 saturate to 240 and count as overflowed: use
 /// [`halve_for_ieee`] when there are any. NaN stays NaN. Source: facts of the two formats, magnitudes 0x00..=0x77 agree.
 pub fn to_ieee(codes: &mut [u8]) -> BridgeReport {
     rewrite(codes, 1.0)

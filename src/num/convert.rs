@@ -6,7 +6,7 @@ use super::fp8::Fp8;
 use crate::error::{Result, length};
 use half::{bf16, f16};
 
-/// A plain floating-point type that activations and outputs come in: `f32`, [`bf16`] or [`f16`].
+/// A plain floating-point type that activations and outputs come in: `f32`, [`bf16`] or [`f16`](struct@f16).
 ///
 /// Sealed: kernels are written for these three.
 pub trait Real: Copy + Send + Sync + Default + std::fmt::Debug + sealed::Sealed + 'static {

@@ -158,51 +158,40 @@ impl Format {
     /// The sign is kept, also of results that round to zero. NaN gives NaN where the format has one; FP4 and FP6 have none and
     /// give +0: whoever encodes blocks must look for NaN first (facts: libraries disagree, so this crate's quantizers turn the
     /// whole block into NaN instead).
+    #[inline]
     pub const fn encode(self, x: f32, overflow: Overflow) -> u8 {
-        let bits = x.to_bits();
-        let sign = if bits >> 31 != 0 { self.sign_bit() } else { 0 };
-        let magnitude = bits & 0x7FFF_FFFF;
-        if magnitude > 0x7F80_0000 {
-            return match self.nan() {
-                Some(nan) => nan | sign,
-                None => 0,
-            };
-        }
-        let code = self.round(magnitude);
+        // No branch depends on x, so that a loop over a slice becomes vector code.
+        let sign = (x.to_bits() >> 31) * self.sign_bit() as u32;
+        let magnitude = x.to_bits() & 0x7FFF_FFFF;
         let max = self.max_code() as u32;
-        let code = if code <= max {
-            code
-        } else {
-            match (overflow, self.infinity(), self.nan()) {
-                (Overflow::NonSaturating, Some(infinity), _) => infinity as u32,
-                (Overflow::NonSaturating, None, Some(nan)) => nan as u32,
-                _ => max,
-            }
+        let beyond = match (overflow, self.infinity(), self.nan()) {
+            (Overflow::NonSaturating, Some(infinity), _) => infinity as u32,
+            (Overflow::NonSaturating, None, Some(nan)) => nan as u32,
+            _ => max,
         };
-        code as u8 | sign
+        let rounded = self.round(magnitude);
+        let code = if rounded > max { beyond } else { rounded } | sign;
+        let nan = match self.nan() {
+            Some(nan) => nan as u32 | sign,
+            None => 0,
+        };
+        (if magnitude > 0x7F80_0000 { nan } else { code }) as u8
     }
 
-    /// Rounds the non-negative, non-NaN f32 with these bits to a code as if exponents had no end.
+    /// Rounds the non-negative f32 with these bits to a code as if exponents had no end. NaN gives no code in particular.
+    #[inline]
     const fn round(self, magnitude: u32) -> u32 {
-        let field = (magnitude >> 23) as i32;
-        if field == 0 {
-            // Zero or an f32 subnormal: far below half of any format's smallest value (2^-17 at least).
-            return 0;
-        }
-        let exponent = field - 127;
-        let significand = magnitude & 0x7F_FFFF | 0x80_0000;
         let min_exponent = 1 - self.bias;
-        let below = if exponent < min_exponent { (min_exponent - exponent) as u32 } else { 0 };
-        let shift = 23 - self.mantissa_bits + below;
-        if shift > 24 {
-            return 0;
-        }
-        let kept = significand >> shift;
-        let rest = significand & ((1 << shift) - 1);
-        let half = 1 << (shift - 1);
-        let rounded = kept + (rest > half || (rest == half && kept & 1 == 1)) as u32;
-        // A carry out of the mantissa moves into the exponent by itself.
-        if below > 0 { rounded } else { (((exponent - min_exponent) as u32) << self.mantissa_bits) + rounded }
+        // Below the smallest normal number codes count steps. Adding a power of two whose last place is one step makes the
+        // f32 addition round to whole steps, ties to even; 2^M of them carry into the exponent by themselves.
+        let steps = ((min_exponent - self.mantissa_bits as i32 + 23 + 127) as u32) << 23;
+        let subnormal = (f32::from_bits(magnitude) + f32::from_bits(steps)).to_bits().wrapping_sub(steps);
+        // From there on rounding drops mantissa bits, ties to even, and the exponent changes its bias.
+        let shift = 23 - self.mantissa_bits;
+        let odd = magnitude >> shift & 1;
+        let rebias = ((126 + min_exponent) as u32) << self.mantissa_bits;
+        let normal = ((magnitude + ((1 << (shift - 1)) - 1) + odd) >> shift).wrapping_sub(rebias);
+        if magnitude < ((127 + min_exponent) as u32) << 23 { subnormal } else { normal }
     }
 }
 

@@ -59,7 +59,8 @@ pub(crate) fn finite_amax<T: Real>(x: &[T]) -> f32 {
 
 /// Packs 4-bit codes in pairs, the even element in the low nibble. `codes` is twice as long as `bytes`.
 pub(crate) fn pack_nibbles(codes: &[u8], bytes: &mut [u8]) {
-    for (byte, pair) in bytes.iter_mut().zip(codes.chunks_exact(2)) {
-        *byte = pair[0] & 15 | pair[1] << 4;
+    let (pairs, _) = codes.as_chunks::<2>();
+    for (byte, [low, high]) in bytes.iter_mut().zip(pairs) {
+        *byte = low & 15 | high << 4;
     }
 }

@@ -164,9 +164,8 @@ fn one_layer(golden: &Golden, index: usize) -> Checkpoint {
         .iter()
         .map(|(name, dtype, shape, data)| (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap()));
     let file = safetensors::serialize(views.collect::<Vec<_>>(), None).unwrap();
-    // A model of one layer, which slides if it stood at an even place.
-    let window = if index % 2 == 0 { config["sliding_window"].clone() } else { (1 << 20).into() };
-    config["sliding_window"] = window;
+    let kind = if index.is_multiple_of(2) { "sliding_attention" } else { "full_attention" };
+    config["layer_types"] = vec![kind].into();
     Checkpoint::from_bytes("one layer", file).unwrap().with_config("config", config.to_string()).unwrap()
 }
 

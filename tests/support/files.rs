@@ -153,5 +153,8 @@ pub fn exercise_gguf(file: &Gguf) {
         if let Ok(experts) = file.experts(name) {
             experts.iter().for_each(|w| drop(w.check_finite()));
         }
+        if let Ok(weights) = file.nvfp4(name) {
+            let _ = weights.stack().map(|experts| experts.len());
+        }
     }
 }

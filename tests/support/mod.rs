@@ -6,7 +6,9 @@
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 /// Where the golden files are.
 pub fn golden_dir() -> PathBuf {
@@ -22,6 +24,7 @@ pub struct Golden {
     /// The manifest.
     pub manifest: Value,
     bytes: Vec<u8>,
+    read: Mutex<BTreeSet<String>>,
 }
 
 impl Golden {
@@ -32,7 +35,7 @@ impl Golden {
             std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
         };
         let manifest = serde_json::from_slice(&read("json")).expect("manifest is JSON");
-        Golden { name: name.into(), manifest, bytes: read("safetensors") }
+        Golden { name: name.into(), manifest, bytes: read("safetensors"), read: Mutex::default() }
     }
 
     /// The manifest's cases; fails if there are none, so that a loop over them cannot be empty by accident.
@@ -60,12 +63,37 @@ impl Golden {
 
     /// A tensor's shape.
     pub fn shape(&self, tensor: &str) -> Vec<usize> {
-        self.get(tensor).1
+        let all = self.tensors();
+        let t = all.tensor(tensor).unwrap_or_else(|e| panic!("{}: tensor {tensor}: {e}", self.name));
+        t.shape().to_vec()
+    }
+
+    /// A tensor's two extents.
+    pub fn shape2(&self, tensor: &str) -> (usize, usize) {
+        match self.shape(tensor)[..] {
+            [rows, cols] => (rows, cols),
+            ref other => panic!("{}: {tensor} has shape {other:?}, not two axes", self.name),
+        }
+    }
+
+    /// What stands before `suffix` in the names that end with it, sorted; fails if there is no such name.
+    pub fn stems(&self, suffix: &str) -> Vec<String> {
+        let stems: Vec<String> = self.names().iter().filter_map(|n| Some(n.strip_suffix(suffix)?.to_owned())).collect();
+        assert!(!stems.is_empty(), "{}: no tensor is named *{suffix}", self.name);
+        stems
+    }
+
+    /// Fails if the data of some tensor was never asked for: a test that covers the file uses all of it.
+    pub fn assert_all_read(&self) {
+        let read = self.read.lock().expect("no test panicked while reading");
+        let unread: Vec<String> = self.names().into_iter().filter(|n| !read.contains(n)).collect();
+        assert!(unread.is_empty(), "{}: tensors that no check used: {unread:?}", self.name);
     }
 
     fn get(&self, tensor: &str) -> (Dtype, Vec<usize>, Vec<u8>) {
         let all = self.tensors();
         let t = all.tensor(tensor).unwrap_or_else(|e| panic!("{}: tensor {tensor}: {e}", self.name));
+        self.read.lock().expect("no test panicked while reading").insert(tensor.into());
         (t.dtype(), t.shape().to_vec(), t.data().to_vec())
     }
 

@@ -74,7 +74,9 @@ class Op:
 
     def __call__(self, *args, **kwargs):
         if self.wrapper is None:
-            raise UnspecifiedError(f"nl.{self.op_name} as a function on tiles is not modelled; use the nisa instruction")
+            raise UnspecifiedError(
+                f"nl.{self.op_name} as a function on tiles is not modelled; use the nisa instruction"
+            )
         return self.wrapper(*args, **kwargs)
 
     @property
@@ -179,7 +181,18 @@ def activation(op, role: str) -> str:
 
 
 NAMES = sorted(
-    {*_BINARY, *_UNARY, *_BITWISE, *activations.FUNCTIONS, *_ALIASES, "invert", "prelu", "bypass", "average", "logical_not"}
+    {
+        *_BINARY,
+        *_UNARY,
+        *_BITWISE,
+        *activations.FUNCTIONS,
+        *_ALIASES,
+        "invert",
+        "prelu",
+        "bypass",
+        "average",
+        "logical_not",
+    }
     | {"divide", "mod", "fmod", "negative", "sum", "prod", "mean", "cos", "tan", "floor", "ceil", "trunc"}
 )
 TOKENS = {name: Op(name) for name in NAMES}

@@ -23,7 +23,7 @@ def int_range(dtype: DType) -> tuple[int, int]:
 def to_f32(raw: np.ndarray, dtype: DType) -> np.ndarray:
     """Values of storage elements as float32 (32-bit integers round to nearest even)."""
     if not (dtype.is_float or dtype.is_integer):
-        raise DtypeError(f"{dtype} has no arithmetic; only MX instructions read it")
+        raise DtypeError(f"{dtype} has no values that arithmetic reads")
     return raw.astype(np.float32)
 
 
@@ -39,8 +39,6 @@ def from_f32(values: np.ndarray, dtype: DType, defined: np.ndarray | None = None
         values = np.where(defined, values, np.float32(0))
     if dtype.is_integer:
         return _to_integer(values, dtype)
-    if not dtype.is_float:
-        raise DtypeError(f"{dtype} cannot be the destination of arithmetic")
     if dtype == "float32":
         return values
     if dtype == "tfloat32":

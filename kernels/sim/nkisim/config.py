@@ -19,6 +19,8 @@ _CHOICES = {
     "psum_after_eviction": ("error", "accumulate", "overwrite"),
     "nan_to_int": ("error", "zero"),
     "mx_special": ("error", "propagate"),
+    "mx_96_partitions": ("allow", "error"),
+    "fp8_transpose": ("same", "error"),
     "capacity": ("error", "ignore"),
 }
 
@@ -36,6 +38,10 @@ class Settings:
     * `psum_after_eviction`: a matmul with `accumulate=None` onto a tile that was read since its last matmul.
     * `nan_to_int`: NaN converted to an integer.
     * `mx_special`: NaN, infinity or scale 255 in MX operands.
+    * `mx_96_partitions`: MX operands of 96 partitions. The API reference takes any multiple of 32, a library comment
+      excludes 96.
+    * `fp8_transpose`: an FP8 transpose on TensorE. The API reference keeps the dtype, the architecture guide says the
+      array writes 16-bit results.
     * `capacity`: whether SBUF and PSUM sizes are enforced (the official simulator does not).
     """
 
@@ -46,6 +52,8 @@ class Settings:
     psum_after_eviction: str = "error"
     nan_to_int: str = "error"
     mx_special: str = "error"
+    mx_96_partitions: str = "allow"
+    fp8_transpose: str = "same"
     capacity: str = "error"
 
     def __post_init__(self):
@@ -59,7 +67,9 @@ _local = threading.local()
 
 
 def _from_environment() -> Settings:
-    found = {name: os.environ[f"NKI_SIM_{name.upper()}"] for name in _CHOICES if f"NKI_SIM_{name.upper()}" in os.environ}
+    found = {
+        name: os.environ[f"NKI_SIM_{name.upper()}"] for name in _CHOICES if f"NKI_SIM_{name.upper()}" in os.environ
+    }
     return Settings(**found)
 
 

@@ -16,7 +16,8 @@ class Counters:
       Time on the array is proportional to columns.
     * `matmul_macs`: multiply-accumulates of the matmuls (transposes not counted).
     * `dma_bytes_read`, `dma_bytes_written`: bytes moved by DMA, by memory (`hbm`, `sbuf`).
-    * `dma_transfers`, `dma_descriptors`: DMA instructions, and the contiguous pieces they break into.
+    * `dma_transfers`, `dma_descriptors`: DMA instructions, and the pieces contiguous on both sides that they break into
+      (for a transpose: contiguous in the source).
     * `vector_elements`: elements per partition processed, by engine (vector, scalar, gpsimd).
     * `sbuf_high_water`, `psum_high_water`: most bytes of one partition live at once; `psum_banks_high_water` banks.
     """

@@ -132,4 +132,10 @@ def resolve(dtype) -> DType:
 
 def outer(dtype: DType) -> np.dtype:
     """The numpy dtype in which a tensor of `dtype` crosses the kernel boundary (x4 types travel as unsigned words)."""
-    return np.dtype(ml_dtypes.float8_e8m0fnu) if dtype.kind == "e8m0" else np.dtype(bool) if dtype.kind == "bool" else dtype.np
+    return (
+        np.dtype(ml_dtypes.float8_e8m0fnu)
+        if dtype.kind == "e8m0"
+        else np.dtype(bool)
+        if dtype.kind == "bool"
+        else dtype.np
+    )

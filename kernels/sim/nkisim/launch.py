@@ -49,6 +49,11 @@ class Report:
         """Tensor table of a core (see `trace.tensor_table`)."""
         return tensor_table(self.cores[core].storages)
 
+    def constants(self, core: int = 0) -> dict[int, np.ndarray]:
+        """Contents of the compile-time constants, by tensor id."""
+        stored = [s for s in self.cores[core].storages if s.kind == "constant"]
+        return {s.id: s.data.view(s.dtype.np).reshape(s.shape) for s in stored}
+
 
 def last_report() -> Report | None:
     """The report of the last launch that finished on this thread."""
@@ -145,7 +150,10 @@ def _launch(kernel: Kernel, args, kwargs):
     inputs: list[tuple[NkiTensor, np.ndarray]] = []
     torch_out = any(_is_torch(a) for a in bound.arguments.values())
     for name, value in bound.arguments.items():
-        variadic = bound.signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        variadic = bound.signature.parameters[name].kind in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
         if variadic:
             raise LanguageError(f"parameter {name!r}: a kernel takes no *args or **kwargs")
         bound.arguments[name] = _argument(name, value, programs[0], inputs)
@@ -227,7 +235,7 @@ def _argument(name: str, value, prog: Program, inputs: list):
         value = value.item()
     if _is_torch(value):
         value = _from_torch(value)
-    elif hasattr(value, "__array__") and not isinstance(value, np.ndarray):
+    elif hasattr(value, "__array__") and not isinstance(value, (np.ndarray, type)):
         value = np.asarray(value)
     if isinstance(value, np.ndarray):
         with program.running(prog):

@@ -27,7 +27,9 @@ def pattern(t: NkiTensor, role: str, start: bool) -> None:
         return
     levels = view.collapse(t.shape[1:], t.strides[1:])
     if len(levels) > MAX_FREE_LEVELS:
-        raise ShapeError(f"{role} needs {len(levels)} free levels of access pattern, the hardware has {MAX_FREE_LEVELS}")
+        raise ShapeError(
+            f"{role} needs {len(levels)} free levels of access pattern, the hardware has {MAX_FREE_LEVELS}"
+        )
     if start:
         start_partition(t, role)
 
@@ -137,5 +139,7 @@ def dtype_on_target(program, t: NkiTensor, role: str) -> None:
 
 def bank_of(t: NkiTensor) -> tuple[int, int]:
     """First and last PSUM bank touched in each partition (a tensor without an address starts a bank)."""
-    last = t.start_byte + (sum(s * (n - 1) for s, n in zip(t.strides[1:], t.shape[1:], strict=True)) + 1) * t.itemsize - 1
+    last = (
+        t.start_byte + (sum(s * (n - 1) for s, n in zip(t.strides[1:], t.shape[1:], strict=True)) + 1) * t.itemsize - 1
+    )
     return t.start_byte // chips.PSUM_BANK_BYTES, last // chips.PSUM_BANK_BYTES

@@ -21,14 +21,14 @@ def _is_field_value(value) -> bool:
 class NKIObject:
     """Subclasses behave like dataclasses; un-annotated class attributes are fields too.
 
-    A class that defines `__init__` keeps it. Otherwise one is generated that takes every field by position or name,
-    in order of definition, bases first, and calls `__post_init__` if there is one.
+    A class that defines `__init__` keeps it. Otherwise one is generated that takes every field by position or name
+    (bases first, annotated fields before plain ones) and calls `__post_init__` if there is one.
     """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         own: dict[str, object] = {}
-        for name in cls.__dict__.get("__annotations__", {}):
+        for name in inspect.get_annotations(cls):
             own[name] = cls.__dict__.get(name, dataclasses.MISSING)
         for name, value in cls.__dict__.items():
             if not name.startswith("__") and name not in own and _is_field_value(value):

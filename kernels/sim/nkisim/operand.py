@@ -39,7 +39,9 @@ def _resolve_scalar(t: NkiTensor, role: str, skip: bool) -> Access:
     offset = t.offset + value * t.dynamic.scale
     try:
         if value < 0:
-            raise BoundsError(f"{role}: scalar_offset {value} is negative")
+            raise BoundsError("is negative")
+        if t.on_chip and t.offset % t.row_elements + value * t.dynamic.scale >= t.row_elements:
+            raise BoundsError(f"leaves the {t.row_elements} elements of a partition")
         moved = NkiTensor(t.storage, t.dtype, t.shape, t.strides, offset)
     except BoundsError as error:
         if not skip:

@@ -87,9 +87,13 @@ class Program:
         self.shared.tensors.append(storage)
         return storage
 
-    def adopt(self, array: np.ndarray, dtype: DType, name: str, kind: str, buffer=MemoryRegion.private_hbm) -> NkiTensor:
+    def adopt(
+        self, array: np.ndarray, dtype: DType, name: str, kind: str, buffer=MemoryRegion.private_hbm
+    ) -> NkiTensor:
         """A tensor that takes the bytes of an array: an input or a constant."""
-        storage = self._new_storage(check_extents(array.shape, buffer, dtype, self.chip.sbuf_bytes), dtype, buffer, name)
+        storage = self._new_storage(
+            check_extents(array.shape, buffer, dtype, self.chip.sbuf_bytes), dtype, buffer, name
+        )
         storage.fill_from(array)
         storage.kind = kind
         return whole(storage)
@@ -115,6 +119,8 @@ class Program:
             legal.pattern(t, role, start=engine.name != "dma" and role not in any_partition)
         for role, t in writes.items():
             legal.distinct(t, role)
+            if t.storage.kind == "constant":
+                raise LanguageError(f"{role} {t.name!r} is a compile-time constant")
         instruction = Instruction(
             index=len(self.instructions),
             name=name,
@@ -162,7 +168,11 @@ class Program:
 
 
 def _address(address) -> tuple[int, int]:
-    if not isinstance(address, (tuple, list)) or len(address) != 2 or not all(isinstance(v, (int, np.integer)) for v in address):
+    if (
+        not isinstance(address, (tuple, list))
+        or len(address) != 2
+        or not all(isinstance(v, (int, np.integer)) for v in address)
+    ):
         raise LanguageError(f"address is {address!r}, need (partition, byte)")
     return int(address[0]), int(address[1])
 

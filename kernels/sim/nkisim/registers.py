@@ -34,7 +34,9 @@ class VirtualRegister:
         return self.value() != 0
 
     def _no_operator(self, *_):
-        raise LanguageError("a register is a runtime value: it may be a scalar_offset, a loop bound or a condition only")
+        raise LanguageError(
+            "a register is a runtime value: it may be a scalar_offset, a loop bound or a condition only"
+        )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = __neg__ = _no_operator
     __lt__ = __le__ = __gt__ = __ge__ = __int__ = __index__ = _no_operator

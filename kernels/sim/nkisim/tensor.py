@@ -118,9 +118,7 @@ class NkiTensor:
         """True if the free axes (all axes in HBM) are row-major without gaps."""
         skip = 1 if self.on_chip else 0
         wanted = view.contiguous_strides(self.shape)
-        return all(
-            n == 1 or s == w for n, s, w in list(zip(self.shape, self.strides, wanted, strict=True))[skip:]
-        )
+        return all(n == 1 or s == w for n, s, w in list(zip(self.shape, self.strides, wanted, strict=True))[skip:])
 
     def is_indirect(self) -> bool:
         """True if part of the address is known only at run time."""
@@ -175,7 +173,9 @@ class NkiTensor:
                 strides.append(stride * step)
                 continue
             if isinstance(item, (NkiTensor, VirtualRegister)):
-                raise LanguageError(f"axis {axis}: a runtime value is not an index; use select or ap(scalar_offset=...)")
+                raise LanguageError(
+                    f"axis {axis}: a runtime value is not an index; use select or ap(scalar_offset=...)"
+                )
             if isinstance(item, bool) or not isinstance(item, (int, np.integer)):
                 raise LanguageError(f"axis {axis}: index {item!r} is not an int, a slice, nl.ds or ...")
             index = int(item) + extent if item < 0 else int(item)
@@ -193,7 +193,9 @@ class NkiTensor:
         if not shape:
             shape, strides = [1], [1]
         if self.on_chip and shape[0] > 1 and strides[0] != self.row_elements:
-            raise PartitionError(f"the partition axis is contiguous; a step of {strides[0] // self.row_elements} is not possible")
+            raise PartitionError(
+                f"the partition axis is contiguous; a step of {strides[0] // self.row_elements} is not possible"
+            )
         return self._with(shape, strides, offset)
 
     def _guard_gather(self) -> None:
@@ -300,7 +302,8 @@ class NkiTensor:
         count = math.prod(self.shape[first : last + 1])
         merged = view.reshape_strides(self.shape[first : last + 1], self.strides[first : last + 1], (count,))
         return self._with(
-            self.shape[:first] + (count,) + self.shape[last + 1 :], self.strides[:first] + merged + self.strides[last + 1 :]
+            self.shape[:first] + (count,) + self.shape[last + 1 :],
+            self.strides[:first] + merged + self.strides[last + 1 :],
         )
 
     def reshape(self, *shape) -> NkiTensor:
@@ -335,7 +338,9 @@ class NkiTensor:
         span = self.shape[-1] * old_size
         outer = [s * old_size for s in self.strides[:-1]] + [self.offset * old_size, self.storage.row_bytes]
         if span % new_size or any(b % new_size for b in outer):
-            raise ShapeError(f"view: {self.dtype} of shape {self.shape} does not divide into elements of {new_size} bytes")
+            raise ShapeError(
+                f"view: {self.dtype} of shape {self.shape} does not divide into elements of {new_size} bytes"
+            )
         strides = [s * old_size // new_size for s in self.strides[:-1]] + [1]
         shape = self.shape[:-1] + (span // new_size,)
         return NkiTensor(self.storage, new, shape, strides, self.offset * old_size // new_size)
@@ -361,7 +366,9 @@ class NkiTensor:
             if len(shape) < 2:
                 raise ShapeError("ap: an on-chip pattern needs the partition level and at least one free level")
             if shape[0] > 1 and strides[0] != row:
-                raise PartitionError(f"ap: the first stride is {strides[0]}, the partition stride of this tensor is {row}")
+                raise PartitionError(
+                    f"ap: the first stride is {strides[0]}, the partition stride of this tensor is {row}"
+                )
             strides = (row, *strides[1:])
         dynamic = self._dynamic(scalar_offset, vector_offset, indirect_dim, new, shape)
         return NkiTensor(self.storage, new, shape, strides, start, dynamic)
@@ -402,7 +409,9 @@ class NkiTensor:
 
     def indirect(self, index, num_elem=None):
         """Tensor indirection of compute engines: not modelled."""
-        raise UnspecifiedError("indirect(): the documents do not fix which partition's offsets a group uses; not modelled")
+        raise UnspecifiedError(
+            "indirect(): the documents do not fix which partition's offsets a group uses; not modelled"
+        )
 
     # -- resolution ---------------------------------------------------------------------------------------------
 

@@ -47,7 +47,12 @@ class OperandRef:
 
     def as_dict(self) -> dict:
         """Plain data for export."""
-        out = {"tensor": self.tensor, "dtype": self.dtype, "offset": self.offset, "pattern": [list(p) for p in self.pattern]}
+        out = {
+            "tensor": self.tensor,
+            "dtype": self.dtype,
+            "offset": self.offset,
+            "pattern": [list(p) for p in self.pattern],
+        }
         if self.dynamic:
             out["dynamic"] = {k: v.as_dict() if isinstance(v, OperandRef) else v for k, v in self.dynamic.items()}
         return out

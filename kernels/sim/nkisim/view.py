@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from .errors import BoundsError, ShapeError
 
 
@@ -36,13 +38,19 @@ def contiguous_run(shape, strides) -> int:
 
 
 def overlaps(shape, strides) -> bool:
-    """True if two elements of the access may be the same address (nested levels that overlap, or stride 0)."""
+    """True if two elements of the access are the same address."""
+    levels = sorted(collapse(shape, strides))
     reach = 0
-    for stride, count in sorted(collapse(shape, strides)):
+    for stride, count in levels:
         if stride <= reach:
-            return True
+            break
         reach += stride * (count - 1)
-    return False
+    else:
+        return False  # each level steps over all that the inner ones reach
+    addresses = np.zeros(1, np.int64)
+    for stride, count in levels:
+        addresses = np.add.outer(addresses, np.arange(count, dtype=np.int64) * stride).reshape(-1)
+    return len(np.unique(addresses)) != len(addresses)
 
 
 def infer(shape, total: int) -> tuple[int, ...]:
@@ -81,7 +89,9 @@ def reshape_strides(shape, strides, new_shape) -> tuple[int, ...]:
             position += 1
             remaining, stride = queue[position]
         if remaining % extent:
-            raise ShapeError(f"layout with shape {tuple(shape)}, strides {tuple(strides)} cannot be seen as {new_shape}")
+            raise ShapeError(
+                f"layout with shape {tuple(shape)}, strides {tuple(strides)} cannot be seen as {new_shape}"
+            )
         remaining //= extent
         out.append(stride * remaining)
     return tuple(out)
@@ -104,7 +114,9 @@ def parse_slice(item: slice, extent: int, axis: int) -> tuple[int, int, int]:
 def rearrange_plan(shape, src_pattern, dst_pattern, sizes):
     """Split shape, permutation and merged shape of an einops-style rearrangement."""
     if len(src_pattern) != len(shape):
-        raise ShapeError(f"source pattern {src_pattern} has {len(src_pattern)} groups, the tensor has {len(shape)} axes")
+        raise ShapeError(
+            f"source pattern {src_pattern} has {len(src_pattern)} groups, the tensor has {len(shape)} axes"
+        )
     names, split, groups = [], [], []
     for group, extent in zip(src_pattern, shape, strict=True):
         members = (group,) if isinstance(group, str) else tuple(group)
@@ -119,7 +131,5 @@ def rearrange_plan(shape, src_pattern, dst_pattern, sizes):
     if sorted(flat) != sorted(names) or len(set(names)) != len(names):
         raise ShapeError(f"patterns {src_pattern} and {dst_pattern} do not name the same axes once each")
     order = tuple(names.index(m) for m in flat)
-    merged = tuple(
-        math.prod(split[names.index(m)] for m in ((g,) if isinstance(g, str) else g)) for g in dst_pattern
-    )
+    merged = tuple(math.prod(split[names.index(m)] for m in ((g,) if isinstance(g, str) else g)) for g in dst_pattern)
     return tuple(split), order, merged

@@ -5,9 +5,11 @@
 
 mod cursor;
 mod ggml_type;
+mod nvfp4;
 mod value;
 
 pub use ggml_type::GgmlType;
+pub use nvfp4::Nvfp4;
 pub use value::{Array, Value, ValueType};
 
 use super::bad;

@@ -70,7 +70,6 @@ gpsimd_engine = engine.gpsimd
 unknown_engine = engine.unknown
 
 
-
 def __getattr__(name):
     raise AttributeError(f"nisa.{name} is not modelled by this simulator (or is not an NKI 0.3-0.6 instruction)")
 

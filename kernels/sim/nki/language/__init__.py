@@ -1,6 +1,7 @@
 """`nki.language`: dtypes, buffers, allocation, loops and operator tokens."""
 
 import contextlib as _contextlib
+from builtins import range as _range
 
 import numpy as _np
 
@@ -103,12 +104,14 @@ def shared_constant(constant, dtype=None):
 
 
 def shared_identity_matrix(n, dtype=uint8, dst=None):
-    """The n x n identity in SBUF."""
-    kind = _dtypes.resolve(dtype)
+    """The n x n identity in SBUF; `dst` names a tile to fill instead of a new one."""
+    kind = _dtypes.resolve(dtype if dst is None else dst.dtype)
     identity = _np.eye(n, dtype=_np.float32).astype(kind.np)
+    program = _program.current()
     if dst is None:
-        return _program.current().adopt(identity, kind, f"identity_{n}", "constant", sbuf)
-    raise _LanguageError("shared_identity_matrix(dst=) is not modelled")
+        return program.adopt(identity, kind, f"identity_{n}", "constant", sbuf)
+    store(dst, program.adopt(identity, kind, f"identity_{n}", "constant", shared_hbm))
+    return dst
 
 
 def ds(start, size):
@@ -121,10 +124,11 @@ def static_range(start, stop=None, step=1):
     for value, what in ((start, "start"), (stop, "stop"), (step, "step")):
         if isinstance(value, (VirtualRegister, NkiTensor)):
             raise _LanguageError(f"{what} of an unrolled loop is a runtime value; use nl.fori_loop")
-    return range(start) if stop is None else range(start, stop, step)
+    return _range(start) if stop is None else _range(start, stop, step)
 
 
 affine_range = sequential_range = static_range
+range = static_range  # nl.range, as library kernels write it
 
 
 def program_id(axis=0):

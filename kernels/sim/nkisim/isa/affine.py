@@ -103,4 +103,6 @@ def affine_select(
 
     attrs = {"pattern": [list(p) for p in pattern], "offset": offset, "channel_multiplier": multiplier}
     attrs |= {"cmp_op": cmp_op, "on_false_value": on_false_value}
-    return prog.issue("affine_select", Engine.gpsimd, {"dst": dst}, {"on_true_tile": on_true_tile}, attrs, run, label=name)
+    return prog.issue(
+        "affine_select", Engine.gpsimd, {"dst": dst}, {"on_true_tile": on_true_tile}, attrs, run, label=name
+    )

@@ -56,8 +56,8 @@ class matmul_perf_mode(enum.Enum):
     double_row = "double_row"
 
 
-class nc_version(enum.Enum):
-    """NeuronCore generation: gen2 Trn1, gen3 Trn2, gen4 Trn3."""
+class nc_version(enum.IntEnum):
+    """NeuronCore generation: gen2 Trn1, gen3 Trn2, gen4 Trn3. Ordered: kernels write `>= nc_version.gen3`."""
 
     gen2 = 2
     gen3 = 3
@@ -77,6 +77,10 @@ Engine, ReduceCmd, DgeMode, OobMode, PerfMode, DmaEngine = (
 )  # fmt: skip
 
 
+# What Python raises when an argument is of a kind that no check foresaw.
+_BAD_ARGUMENT = (TypeError, ValueError, KeyError, IndexError, AttributeError)
+
+
 def instruction(fn):
     """Wrap an instruction: name it in errors, and accept the `dtype=`/`mask=` of NKI 0.2 where they say nothing new."""
     name = fn.__name__
@@ -92,10 +96,8 @@ def instruction(fn):
                 _legacy_dtype(kwargs.pop("dtype"), kwargs.get("dst", args[0] if args else None))
             try:
                 return fn(*args, **kwargs)
-            except TypeError as error:
-                if fn.__name__ + "()" in str(error):
-                    raise LanguageError(str(error)) from None
-                raise
+            except _BAD_ARGUMENT as error:
+                raise LanguageError(f"bad argument: {error}") from error
         finally:
             errors.set_instruction(before)
 

@@ -39,8 +39,8 @@ def _run_bytes(t: NkiTensor) -> int:
     return view.contiguous_run(t.shape, t.strides) * t.itemsize
 
 
-def _count(prog, dst: NkiTensor, sources: list[NkiTensor]) -> None:
-    """Bytes by memory, and descriptors: pieces contiguous on every side."""
+def _count(prog, dst: NkiTensor, sources: list[NkiTensor], transposed: bool = False) -> None:
+    """Bytes by memory, and descriptors: pieces contiguous on every side (of a transpose: of the source alone)."""
     c = prog.counters
     c.dma_transfers += 1
     runs = []
@@ -48,12 +48,15 @@ def _count(prog, dst: NkiTensor, sources: list[NkiTensor]) -> None:
         amount = t.size * t.itemsize
         where = "sbuf" if t.on_chip else "hbm"
         (c.dma_bytes_written if t is dst else c.dma_bytes_read)[where] += amount
-        runs.append(_run_bytes(t) // t.itemsize)
+        if not (transposed and t is dst):
+            runs.append(_run_bytes(t) // t.itemsize)
     c.dma_descriptors += dst.size // math.gcd(*runs)
 
 
 @instruction
-def dma_copy(dst, src, priority=None, oob_mode=OobMode.error, dge_mode=DgeMode.unknown, engine=Engine.unknown, name=None):
+def dma_copy(
+    dst, src, priority=None, oob_mode=OobMode.error, dge_mode=DgeMode.unknown, engine=Engine.unknown, name=None
+):
     """dst = src between HBM and SBUF, element by element in row-major order; dtypes convert through float32."""
     prog = program.current()
     legal.in_buffers(dst, "dst", *_MEMORIES)
@@ -117,9 +120,7 @@ def _check_scatter(target, values: np.ndarray) -> None:
 
 
 @instruction
-def dma_transpose(
-    dst, src, axes=None, priority=None, dge_mode=DgeMode.unknown, oob_mode=OobMode.error, name=None
-):
+def dma_transpose(dst, src, axes=None, priority=None, dge_mode=DgeMode.unknown, oob_mode=OobMode.error, name=None):
     """dst = src with its axes permuted: (1,0), (2,1,0) or (3,1,2,0); with vector_offset, rows are gathered first."""
     prog = program.current()
     legal.in_buffers(dst, "dst", SBUF)
@@ -153,7 +154,7 @@ def dma_transpose(
         where = None if source.skipped is None else ~source.skipped.transpose(order)
         target = operand.resolve(dst, "dst")
         target.write(values.transpose(order), written.transpose(order + (src.ndim,)), where)
-        _count(prog, dst, [src])
+        _count(prog, dst, [src], transposed=True)
 
     attrs = {"axes": order, "oob_mode": oob_mode, "dge_mode": dge_mode, "priority": priority}
     return prog.issue("dma_transpose", Engine.dma, {"dst": dst}, {"src": src}, attrs, run, label=name)
@@ -174,9 +175,13 @@ def _check_gather_transpose(prog, src: NkiTensor, dge) -> None:
     if str(index.dtype) != "uint32":
         raise DtypeError(f"vector_offset has dtype {index.dtype}, need uint32")
     if index.ndim != 2 or rows % 16 or not 16 <= rows <= 128 or (columns > 1 and rows != 128):
-        raise ShapeError(f"vector_offset has shape {index.shape}; need 16..128 partitions, a multiple of 16 (128 if wider than 1)")
+        raise ShapeError(
+            f"vector_offset has shape {index.shape}; need 16..128 partitions, a multiple of 16 (128 if wider than 1)"
+        )
     if rows * columns < src.shape[0] or src.shape[0] % 16:
-        raise ShapeError(f"{src.shape[0]} rows with {rows * columns} indices; need enough of them and a multiple of 16 rows")
+        raise ShapeError(
+            f"{src.shape[0]} rows with {rows * columns} indices; need enough of them and a multiple of 16 rows"
+        )
 
 
 @instruction

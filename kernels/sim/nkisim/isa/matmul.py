@@ -10,6 +10,7 @@ from ..errors import DtypeError, LanguageError, PsumError, ShapeError, Uninitial
 from ..memory import PSUM, PSUM_EVICTED, PSUM_MATMUL, PSUM_OTHER, PSUM_UNTOUCHED, SBUF
 from ..tensor import NkiTensor
 from .common import Engine, PerfMode, instruction, member, switches
+from .move import fp8_transpose
 
 _FP32 = ("float32", "tfloat32")
 
@@ -33,11 +34,12 @@ def nc_matmul(
     _check_operands(prog, dst, stationary, moving)
     member(perf_mode, PerfMode, "perf_mode")
     double = perf_mode is PerfMode.double_row
-    rows, columns = tiling(tile_position, tile_size, stationary.shape[0])
-    m, n = _extents(prog, dst, stationary, moving, double, rows, columns)
+    columns = tiling(tile_position, tile_size, stationary.shape[0])
+    m, n = _extents(prog, dst, stationary, moving, double, columns)
     if double:
-        _check_double_row(prog, stationary, moving, is_transpose, columns)
+        _check_double_row(prog, stationary, moving, is_transpose)
     _check_dtypes(prog, dst, stationary, moving, is_transpose)
+    accumulate = accumulation(accumulate)
     if is_transpose and accumulate:
         raise PsumError("a transpose does not accumulate")
 
@@ -46,6 +48,9 @@ def nc_matmul(
             _transpose(dst, stationary, moving)
             prog.counters.matmul_columns["transpose"] += n
             return
+        for t, role, flag in ((stationary, "stationary", is_stationary_onezero), (moving, "moving", is_moving_onezero)):
+            if flag and not np.isin(operand.f32(t, role), (0.0, 1.0)).all():
+                raise LanguageError(f"is_{role}_onezero promises ones and zeros, {role} holds other values")
         k = stationary.shape[0] * (2 if double else 1)
         a = operand.f32(stationary, "stationary").reshape(k, -1) if double else operand.f32(stationary, "stationary")
         b = operand.f32(moving, "moving").reshape(k, -1) if double else operand.f32(moving, "moving")
@@ -62,7 +67,9 @@ def nc_matmul(
         "is_stationary_onezero": bool(is_stationary_onezero),
         "is_moving_onezero": bool(is_moving_onezero),
     }
-    return prog.issue("nc_matmul", Engine.tensor, {"dst": dst}, {"stationary": stationary, "moving": moving}, attrs, run, label=name)
+    return prog.issue(
+        "nc_matmul", Engine.tensor, {"dst": dst}, {"stationary": stationary, "moving": moving}, attrs, run, label=name
+    )
 
 
 def _check_operands(prog, dst, stationary, moving) -> None:
@@ -74,10 +81,10 @@ def _check_operands(prog, dst, stationary, moving) -> None:
         legal.dtype_on_target(prog, t, role)
 
 
-def tiling(position, size, rows_used: int) -> tuple[int, int]:
-    """Row and column tile size; row tiles of 32, 64 or 128, columns always 128."""
+def tiling(position, size, rows_used: int) -> int:
+    """Check row tiling (tiles of 32, 64 or 128 rows, at a multiple of their size); returns the columns of a tile."""
     if not position and not size:
-        return 128, 128
+        position, size = (0, 0), (128, 128)
     if not position or not size:
         raise LanguageError("tile_position and tile_size go together")
     (start_row, start_column), (rows, columns) = tuple(position), tuple(size)
@@ -87,10 +94,10 @@ def tiling(position, size, rows_used: int) -> tuple[int, int]:
         raise ShapeError(f"tile_position is {(start_row, start_column)}, need (a multiple of {rows} below 128, 0)")
     if rows_used > rows:
         raise ShapeError(f"operands have {rows_used} partitions, the row tile has {rows}")
-    return rows, columns
+    return columns
 
 
-def _extents(prog, dst, stationary, moving, double, rows, columns) -> tuple[int, int]:
+def _extents(prog, dst, stationary, moving, double, columns) -> tuple[int, int]:
     if double:
         for t, role in ((stationary, "stationary"), (moving, "moving")):
             if t.ndim < 3 or t.shape[1] != 2:
@@ -98,8 +105,6 @@ def _extents(prog, dst, stationary, moving, double, rows, columns) -> tuple[int,
         m, n = stationary.free_size // 2, moving.free_size // 2
     else:
         m, n = stationary.free_size, moving.free_size
-    if stationary.shape[0] > rows:
-        raise ShapeError(f"stationary has {stationary.shape[0]} partitions, the limit is {rows}")
     if m > columns:
         raise ShapeError(f"stationary has {m} columns, the limit is {columns}")
     check_moving(prog, dst, n)
@@ -115,8 +120,6 @@ def check_moving(prog, dst: NkiTensor, n: int) -> None:
     first, last = legal.bank_of(dst)
     if prog.chip.gen < 4 and first != last:
         raise PsumError(f"dst crosses PSUM banks {first}..{last}; on {prog.chip.name} a matmul writes one bank")
-    if last >= 8:
-        raise PsumError(f"dst reaches PSUM bank {last}, there are 8")
 
 
 def check_result(dst: NkiTensor, m: int, n: int) -> None:
@@ -125,7 +128,7 @@ def check_result(dst: NkiTensor, m: int, n: int) -> None:
         raise ShapeError(f"dst has shape {dst.shape}, the product is {m} x {n}")
 
 
-def _check_double_row(prog, stationary, moving, is_transpose, columns) -> None:
+def _check_double_row(prog, stationary, moving, is_transpose) -> None:
     legal.needs(prog, 3, "double_row")
     for t, role in ((stationary, "stationary"), (moving, "moving")):
         if not t.dtype.is_fp8:
@@ -145,6 +148,7 @@ def _check_dtypes(prog, dst, stationary, moving, is_transpose) -> None:
     if is_transpose:
         if dst.dtype != stationary.dtype:
             raise DtypeError(f"dst is {dst.dtype}; a transpose keeps {stationary.dtype}")
+        fp8_transpose(stationary)
         return
     if dst.dtype != "float32" and not (prog.chip.gen >= 4 and dst.dtype == "bfloat16"):
         raise DtypeError(f"dst is {dst.dtype}; need float32" + (" or bfloat16" if prog.chip.gen >= 4 else ""))
@@ -169,6 +173,13 @@ def _transpose(dst, stationary, moving) -> None:
     operand.store_bits(dst, flat, written=mask.reshape(dst.shape + (-1,)))
 
 
+def accumulation(value) -> bool | None:
+    """`accumulate=` as True, False or None."""
+    if value is None or value in (True, False):
+        return None if value is None else bool(value)
+    raise LanguageError(f"accumulate is {value!r}, need True, False or None")
+
+
 def contract(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a.T @ b rounded to float32 once. Products are exact; the device adds in about float32, in an unknown order."""
     with np.errstate(all="ignore"):
@@ -180,8 +191,6 @@ def write_product(prog, dst: NkiTensor, product: np.ndarray, accumulate) -> None
 
     A bfloat16 dst is widened, added to in float32 and rounded by every instruction.
     """
-    if accumulate not in (None, True, False):
-        raise LanguageError(f"accumulate is {accumulate!r}, need True, False or None")
     access = operand.resolve(dst, "dst")
     product = product.reshape(dst.shape)
     add = _adding(prog, access, accumulate)
@@ -204,7 +213,9 @@ def _adding(prog, access, accumulate) -> np.ndarray:
         if (kind == PSUM_UNTOUCHED).any():
             raise PsumError("accumulate=True onto PSUM that no instruction has written through this tensor")
         if (kind == PSUM_OTHER).any() and prog.chip.gen < 4:
-            raise PsumError(f"accumulate=True onto PSUM written by something else than a matmul is undefined on {prog.chip.name}")
+            raise PsumError(
+                f"accumulate=True onto PSUM written by something else than a matmul is undefined on {prog.chip.name}"
+            )
         return np.ones(access.shape, bool)
     other = kind == PSUM_OTHER
     if other.any() and (not access.written()[other].all() or cast.to_f32(access.read(), access.dtype)[other].any()):

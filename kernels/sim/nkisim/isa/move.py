@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from .. import cast, legal, operand, program
-from ..errors import BoundsError, BufferKindError, CastError, DtypeError, EngineError, LanguageError, ShapeError, UnspecifiedError
+from ..errors import (
+    BoundsError,
+    BufferKindError,
+    CastError,
+    DtypeError,
+    EngineError,
+    LanguageError,
+    ShapeError,
+    UnspecifiedError,
+)
 from ..memory import PSUM, SBUF
 from ..tensor import NkiTensor
-from .common import Engine, instruction, pick
+from .common import Engine, instruction, pick, switches
 
 
 def copy_bits_or_cast(dst: NkiTensor, src: NkiTensor) -> None:
@@ -34,7 +43,9 @@ def tensor_copy(dst, src, engine=Engine.unknown, name=None):
         legal.arithmetic(src, "src")
         legal.arithmetic(dst, "dst")
     chosen = _copy_engine(prog, engine, dst, src)
-    return prog.issue("tensor_copy", chosen, {"dst": dst}, {"src": src}, {}, lambda: copy_bits_or_cast(dst, src), label=name)
+    return prog.issue(
+        "tensor_copy", chosen, {"dst": dst}, {"src": src}, {}, lambda: copy_bits_or_cast(dst, src), label=name
+    )
 
 
 def _copy_engine(prog, asked, dst: NkiTensor, src: NkiTensor):
@@ -101,21 +112,30 @@ def tensor_copy_predicated(dst, src, predicate, reverse_pred=False, name=None):
         legal.not_both_psum(src, "src", predicate, "predicate")
         if src.dtype != dst.dtype:
             raise DtypeError(f"src is {src.dtype}, dst is {dst.dtype}; they must agree")
-    constant = None if tile else constant(src, dst)
+    element = None if tile else constant(src, dst)
 
     def run():
         take = (operand.raw(predicate, "predicate") != 0) != bool(reverse_pred)
         if tile:
             values, written, _ = operand.bits(src, "src")
             operand.store_bits(
-                dst, values.reshape(dst.shape), written=written.reshape(dst.shape + (-1,)), where=take.reshape(dst.shape)
+                dst,
+                values.reshape(dst.shape),
+                written=written.reshape(dst.shape + (-1,)),
+                where=take.reshape(dst.shape),
             )
         else:
-            operand.store_bits(dst, np.broadcast_to(constant, dst.shape), where=take.reshape(dst.shape))
+            operand.store_bits(dst, np.broadcast_to(element, dst.shape), where=take.reshape(dst.shape))
 
     reads = {"src": src if tile else None, "predicate": predicate}
     attrs = {"reverse_pred": bool(reverse_pred)} | ({} if tile else {"src": src})
     return prog.issue("tensor_copy_predicated", Engine.vector, {"dst": dst}, reads, attrs, run, label=name)
+
+
+def fp8_transpose(data: NkiTensor) -> None:
+    """TensorE transposes of FP8: two documents, two results (switch `fp8_transpose`)."""
+    if data.dtype.is_fp8 and switches().fp8_transpose == "error":
+        raise UnspecifiedError(f"TensorE transpose of {data.dtype}: cast to bfloat16 first (switch fp8_transpose)")
 
 
 @instruction
@@ -136,6 +156,7 @@ def nc_transpose(dst, data, engine=Engine.unknown, name=None):
             raise BufferKindError(f"TensorE transposes sbuf into psum, got {data.buffer.value} into {dst.buffer.value}")
         if data.free_size > 128:
             raise ShapeError(f"data has {data.free_size} elements a partition, TensorE transposes up to 128")
+        fp8_transpose(data)
         first, last = legal.bank_of(dst)
         if first != last:
             raise BoundsError(f"dst crosses PSUM banks {first}..{last}")
@@ -216,7 +237,9 @@ def nc_n_gather(dst, data, indices, name=None):
         mask = written.reshape(data.shape[0], data.free_size, -1)[rows, at]
         operand.store_bits(dst, out.reshape(dst.shape), written=mask.reshape(dst.shape + (-1,)))
 
-    return prog.issue("nc_n_gather", Engine.gpsimd, {"dst": dst}, {"data": data, "indices": indices}, {}, run, label=name)
+    return prog.issue(
+        "nc_n_gather", Engine.gpsimd, {"dst": dst}, {"data": data, "indices": indices}, {}, run, label=name
+    )
 
 
 @instruction
@@ -255,7 +278,11 @@ def local_gather(dst, src_buffer, index, num_elem_per_idx=1, num_valid_indices=N
                 raise BoundsError(f"core {core // 16}: index {int(flat.max())} is outside 0..{values.shape[1]}")
             out.append(values[core : core + 16][:, flat])
             mask.append(written[core : core + 16][:, flat])
-        operand.store_bits(dst, np.concatenate(out).reshape(dst.shape), written=np.concatenate(mask).reshape(dst.shape + (-1,)))
+        operand.store_bits(
+            dst, np.concatenate(out).reshape(dst.shape), written=np.concatenate(mask).reshape(dst.shape + (-1,))
+        )
 
     attrs = {"num_elem_per_idx": num_elem_per_idx, "num_valid_indices": valid}
-    return prog.issue("local_gather", Engine.gpsimd, {"dst": dst}, {"src_buffer": src_buffer, "index": index}, attrs, run, label=name)
+    return prog.issue(
+        "local_gather", Engine.gpsimd, {"dst": dst}, {"src_buffer": src_buffer, "index": index}, attrs, run, label=name
+    )

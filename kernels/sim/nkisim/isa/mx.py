@@ -13,7 +13,7 @@ from ..errors import DtypeError, MxError, ShapeError
 from ..memory import PSUM, SBUF
 from ..tensor import NkiTensor
 from .common import Engine, instruction, switches
-from .matmul import check_moving, check_result, contract, tiling, write_product
+from .matmul import accumulation, check_moving, check_result, contract, tiling, write_product
 
 # Exponent of the largest power of two that each element type holds.
 _EMAX = {"float8_e4m3fn_x4": 8, "float8_e5m2_x4": 15}
@@ -34,7 +34,9 @@ def _scale_tile(scale, role: str, data: NkiTensor, columns: int) -> np.ndarray:
     if scale.free_size != columns:
         raise ShapeError(f"{role} has {scale.free_size} columns, the data has {columns}")
     if scale.shape[0] <= rows[-1]:
-        raise MxError(f"{role} has {scale.shape[0]} partitions; group {groups - 1} keeps its scale at partition {rows[-1]}")
+        raise MxError(
+            f"{role} has {scale.shape[0]} partitions; group {groups - 1} keeps its scale at partition {rows[-1]}"
+        )
     if scale.start_partition % 32 not in (0, 4, 8, 12):
         raise MxError(f"{role} starts at partition {scale.start_partition}; need row 0, 4, 8 or 12 of a quadrant")
     if scale.start_partition // 32 != data.start_partition // 32:
@@ -53,8 +55,10 @@ def _data_tile(t, role: str) -> None:
 
 
 def _partitions(t: NkiTensor, role: str) -> None:
-    if t.shape[0] not in (32, 64, 128):
-        raise MxError(f"{role} has {t.shape[0]} partitions, need 32, 64 or 128")
+    if t.shape[0] % 32:
+        raise MxError(f"{role} has {t.shape[0]} partitions, need a multiple of 32")
+    if t.shape[0] == 96 and switches().mx_96_partitions == "error":
+        raise MxError(f"{role} has 96 partitions, need 32, 64 or 128 (switch mx_96_partitions)")
 
 
 @instruction
@@ -85,7 +89,14 @@ def quantize_mx(dst, src, dst_scale, name=None):
 
     writes = {"dst": dst, "dst_scale": dst_scale}
     return prog.issue(
-        "quantize_mx", Engine.vector, writes, {"src": src}, {"mx_scale": rule}, run, label=name, any_partition=("dst_scale",)
+        "quantize_mx",
+        Engine.vector,
+        writes,
+        {"src": src},
+        {"mx_scale": rule},
+        run,
+        label=name,
+        any_partition=("dst_scale",),
     )
 
 
@@ -133,8 +144,9 @@ def nc_matmul_mx(
     _data_tile(stationary, "stationary")
     _data_tile(moving, "moving")
     legal.same_partitions(stationary, "stationary", moving, "moving")
+    accumulate = accumulation(accumulate)
     m, n = stationary.free_size, moving.free_size
-    rows, _ = tiling(tile_position or (), tile_size or (), stationary.shape[0])
+    tiling(tile_position or (), tile_size or (), stationary.shape[0])
     if m > 128 or m % 2:
         raise ShapeError(f"stationary has {m} columns, need an even number up to 128")
     check_moving(prog, dst, n)

@@ -35,7 +35,9 @@ def _accumulate(prog, which: str, op: alu.Op, cmd: ReduceCmd, rows: slice, value
         state = np.full(PARTITIONS, np.nan, np.float32) if state is None else state.copy()
         state[rows] = np.broadcast_to(np.asarray(init, np.float32).reshape(-1), (values.shape[0],))
     elif state is None:
-        raise ReductionStateError(f"reduce_cmd.reduce: nothing has reset the {which} accumulators since they were disturbed")
+        raise ReductionStateError(
+            f"reduce_cmd.reduce: nothing has reset the {which} accumulators since they were disturbed"
+        )
     if cmd is not ReduceCmd.reset:
         if np.isnan(state[rows]).any() and not np.isnan(values).any():
             raise ReductionStateError(f"the {which} accumulators of some of these partitions were never set")
@@ -110,7 +112,9 @@ def activation(
 def activation_reduce(dst, op, data, reduce_op, reduce_res, bias=None, scale=1.0, name=None):
     """activation with reduce_cmd.reset_reduce."""
     legal.on_chip(reduce_res, "reduce_res")
-    return _activation("activation_reduce", dst, op, data, bias, scale, reduce_op, reduce_res, ReduceCmd.reset_reduce, name)
+    return _activation(
+        "activation_reduce", dst, op, data, bias, scale, reduce_op, reduce_res, ReduceCmd.reset_reduce, name
+    )
 
 
 def _activation(label, dst, op, data, bias, scale, reduce_op, reduce_res, reduce_cmd, name):
@@ -190,7 +194,9 @@ def activate2(
     if pair not in [*allowed, ("subtract", "bypass"), ("bypass", "bypass")]:
         raise LanguageError(f"(op0, op1) is {pair}, which is not a documented pair")
     cmd = _commands(reduce_cmd, ReduceCmd.idle, ReduceCmd.reset, ReduceCmd.reduce, ReduceCmd.reset_reduce)
-    stages = [(o, imm, f"imm{i}", bool(r)) for i, (o, imm, r) in enumerate(((op0, imm0, reverse0), (op1, imm1, reverse1)))]
+    stages = [
+        (o, imm, f"imm{i}", bool(r)) for i, (o, imm, r) in enumerate(((op0, imm0, reverse0), (op1, imm1, reverse1)))
+    ]
     stages = [s for s in stages if s[0].op_name != "bypass"]
     for o, imm, role, _ in stages:
         vector_or_number(imm, role, data, o)
@@ -219,7 +225,9 @@ def activate2(
     reads = {"data": data, "imm0": imm0, "imm1": imm1, "relu_param": relu_param}
     attrs = {"op": op, "op0": op0, "op1": op1, "reverse0": bool(reverse0), "reverse1": bool(reverse1)}
     attrs |= {"reduce_op": reduce_op, "reduce_cmd": cmd}
-    attrs |= {r: v for r, v in (("imm0", imm0), ("imm1", imm1), ("relu_param", relu_param)) if not isinstance(v, NkiTensor)}
+    attrs |= {
+        r: v for r, v in (("imm0", imm0), ("imm1", imm1), ("relu_param", relu_param)) if not isinstance(v, NkiTensor)
+    }
     return prog.issue("activate2", Engine.scalar, {"dst": dst, "reduce_res": reduce_res}, reads, attrs, run, label=name)
 
 
@@ -252,7 +260,9 @@ def exponential(dst, src, max_value=0.0, reduce_res=None, reduce_cmd=ReduceCmd.i
     reads = {"src": src, "max_value": max_value, "reduce_init": init}
     attrs = {"reduce_cmd": cmd}
     attrs |= {r: v for r, v in (("max_value", max_value), ("reduce_init", init)) if not isinstance(v, NkiTensor)}
-    return prog.issue("exponential", Engine.vector, {"dst": dst, "reduce_res": reduce_res}, reads, attrs, run, label=name)
+    return prog.issue(
+        "exponential", Engine.vector, {"dst": dst, "reduce_res": reduce_res}, reads, attrs, run, label=name
+    )
 
 
 def _check_result(reduce_res, cmd: ReduceCmd, data: NkiTensor) -> None:
@@ -332,7 +342,9 @@ def tensor_scalar_cumulative(dst, src, op0, op1, imm0, imm1=None, reduce_cmd=Red
         elif cmd is ReduceCmd.load_reduce:
             state = np.broadcast_to(np.asarray(_init_values(init), np.float32).reshape(-1), (values.shape[0],))
         elif accumulator is None:
-            raise ReductionStateError("reduce_cmd.reduce: nothing has reset the vector accumulators since they were disturbed")
+            raise ReductionStateError(
+                "reduce_cmd.reduce: nothing has reset the vector accumulators since they were disturbed"
+            )
         else:
             state = accumulator[rows]
         out = np.empty_like(values)
@@ -401,7 +413,9 @@ def range_select(
 
     reads = {"on_true_tile": on_true_tile, "bound0": bound0, "bound1": bound1}
     attrs = {"comp_op0": comp_op0, "comp_op1": comp_op1, "reduce_cmd": cmd, "range_start": start}
-    return prog.issue("range_select", Engine.vector, {"dst": dst, "reduce_res": reduce_res}, reads, attrs, run, label=name)
+    return prog.issue(
+        "range_select", Engine.vector, {"dst": dst, "reduce_res": reduce_res}, reads, attrs, run, label=name
+    )
 
 
 @instruction
@@ -446,4 +460,6 @@ def select_reduce(
     attrs = {"reduce_cmd": cmd, "reverse_pred": bool(reverse_pred)}
     if not isinstance(on_false, NkiTensor):
         attrs["on_false"] = on_false
-    return prog.issue("select_reduce", Engine.vector, {"dst": dst, "reduce_res": reduce_res}, reads, attrs, run, label=name)
+    return prog.issue(
+        "select_reduce", Engine.vector, {"dst": dst, "reduce_res": reduce_res}, reads, attrs, run, label=name
+    )

@@ -155,7 +155,9 @@ def nc_match_replace8(dst, data, vals, imm, dst_idx=None, name=None):
             operand.store_bits(dst_idx, found.astype(dst_idx.dtype.np).reshape(dst_idx.shape), "dst_idx")
 
     writes = {"dst": dst, "dst_idx": dst_idx}
-    return prog.issue("nc_match_replace8", Engine.vector, writes, {"data": data, "vals": vals}, {"imm": imm}, run, label=name)
+    return prog.issue(
+        "nc_match_replace8", Engine.vector, writes, {"data": data, "vals": vals}, {"imm": imm}, run, label=name
+    )
 
 
 @instruction

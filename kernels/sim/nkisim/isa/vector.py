@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from .. import alu, legal, operand, program
-from ..errors import BufferKindError, DtypeError, EngineError, LanguageError, PartitionError, ShapeError, UnspecifiedError
+from ..errors import (
+    BufferKindError,
+    DtypeError,
+    EngineError,
+    LanguageError,
+    PartitionError,
+    ShapeError,
+    UnspecifiedError,
+)
 from ..memory import PSUM
 from ..tensor import NkiTensor
 from .common import Engine, instruction, pick
 
 _INT32 = ("int32", "uint32")
-
-
-def _integers(*tensors: NkiTensor) -> bool:
-    return all(t.dtype.is_integer for t in tensors)
 
 
 def check_bit_operands(tensors: dict[str, NkiTensor]) -> None:
@@ -23,7 +27,9 @@ def check_bit_operands(tensors: dict[str, NkiTensor]) -> None:
         if not t.dtype.is_integer:
             raise DtypeError(f"{role} is {t.dtype}; a bitwise operator needs integers")
     if len({t.itemsize for t in tensors.values()}) > 1:
-        raise DtypeError(f"a bitwise operator does not convert: {', '.join(f'{r} {t.dtype}' for r, t in tensors.items())}")
+        raise DtypeError(
+            f"a bitwise operator does not convert: {', '.join(f'{r} {t.dtype}' for r, t in tensors.items())}"
+        )
 
 
 def vector_or_number(value, role: str, data: NkiTensor, op: alu.Op):
@@ -87,7 +93,9 @@ def tensor_tensor(dst, data1, data2, op, engine=Engine.unknown, name=None):
     default = Engine.gpsimd if op.key == "power" or (word and not in_psum) else Engine.vector
     chosen = pick(engine, default, Engine.vector, Engine.gpsimd)
     if chosen is Engine.gpsimd and in_psum:
-        raise BufferKindError(f"{'power runs on' if op.key == 'power' else 'engine is'} gpsimd, which cannot reach psum")
+        raise BufferKindError(
+            f"{'power runs on' if op.key == 'power' else 'engine is'} gpsimd, which cannot reach psum"
+        )
     if op.key == "power" and chosen is not Engine.gpsimd:
         raise EngineError("power runs on gpsimd")
     exact = word and chosen is Engine.gpsimd
@@ -101,7 +109,9 @@ def tensor_tensor(dst, data1, data2, op, engine=Engine.unknown, name=None):
         else:
             operand.store_f32(dst, alu.apply(op, operand.f32(data1, "data1"), operand.f32(data2, "data2")))
 
-    return prog.issue("tensor_tensor", chosen, {"dst": dst}, {"data1": data1, "data2": data2}, {"op": op}, run, label=name)
+    return prog.issue(
+        "tensor_tensor", chosen, {"dst": dst}, {"data1": data1, "data2": data2}, {"op": op}, run, label=name
+    )
 
 
 def _exact(op: alu.Op, x: np.ndarray, y: np.ndarray, dtype) -> np.ndarray:
@@ -131,7 +141,16 @@ def tensor_scalar_ops(prog, data, op0, operand0, op1, operand1):
 
 @instruction
 def tensor_scalar(
-    dst, data, op0, operand0=None, reverse0=False, op1=None, operand1=None, reverse1=False, engine=Engine.unknown, name=None
+    dst,
+    data,
+    op0,
+    operand0=None,
+    reverse0=False,
+    op1=None,
+    operand1=None,
+    reverse1=False,
+    engine=Engine.unknown,
+    name=None,
 ):
     """dst = (data op0 operand0) op1 operand1, operands broadcast along the free axes."""
     prog = program.current()
@@ -242,7 +261,9 @@ def tensor_reduce(dst, op, data, axis, negate=False, keepdims=False, name=None):
     kept = int(np.prod(data.shape[1 : axes[0]], dtype=np.int64))
     legal.same_partitions(dst, "dst", data, "data")
     if dst.free_size != kept:
-        raise ShapeError(f"dst has {dst.free_size} elements a partition, reducing axes {axes} of {data.shape} leaves {kept}")
+        raise ShapeError(
+            f"dst has {dst.free_size} elements a partition, reducing axes {axes} of {data.shape} leaves {kept}"
+        )
     if op.bitwise:
         check_bit_operands({"data": data, "dst": dst})
         if negate:
@@ -295,7 +316,9 @@ def tensor_partition_reduce(dst, op, data, name=None):
         else:
             operand.store_f32(dst, alu.reduce_values(op, operand.f32(data, "data"), axis=0))
 
-    return prog.issue("tensor_partition_reduce", Engine.gpsimd, {"dst": dst}, {"data": data}, {"op": op}, run, label=name)
+    return prog.issue(
+        "tensor_partition_reduce", Engine.gpsimd, {"dst": dst}, {"data": data}, {"op": op}, run, label=name
+    )
 
 
 @instruction
