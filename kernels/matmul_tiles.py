@@ -1,0 +1,113 @@
+"""What the matmul kernels share: PSUM banks, rows spread over partitions, activations quantized to MX.
+
+Dimensions
+    m   tokens of one tile, at most 128
+    t   512-deep k tiles of the `mx-quads/1` layout (docs/layouts.md)
+    p   partitions, 128
+"""
+
+import nki.isa as nisa
+import nki.language as nl
+
+PARTITIONS = 128
+BANKS = 8  # PSUM banks of a partition
+BANK = 512  # float32 of one bank
+QUADRANT_ROWS = 16  # live scale rows of a quadrant: four k tiles of four groups
+
+
+def ceil_div(a, b):
+    """a / b rounded up."""
+    return (a + b - 1) // b
+
+
+def psum_banks():
+    """All eight banks as [128, 512] float32 tiles; a kernel takes them in turn, so that TensorE fills one while another drains."""
+    banks = []
+    for _ in range(BANKS):
+        banks.append(nl.ndarray((PARTITIONS, BANK), nl.float32, buffer=nl.psum))
+    return banks
+
+
+def drain(turn):
+    """The engine that empties PSUM this time: ScalarE and VectorE alternate, one alone would be slower than TensorE."""
+    return nisa.engine.scalar if turn % 2 == 0 else nisa.engine.vector
+
+
+def ones_row(dtype):
+    """[1, 128] of 1.0: the stationary operand that copies a row to all partitions."""
+    ones = nl.ndarray((1, PARTITIONS), dtype, buffer=nl.sbuf)
+    nisa.memset(dst=ones, value=1.0)
+    return ones
+
+
+def spread_row(row, start, n, rows, ones, banks, turn):
+    """Elements start..start+n of the HBM tensor `row` [1, C] in each of `rows` partitions, as float32; returns (tile, turn).
+
+    By TensorE: ones.T @ row has one product in each sum, so it is exact, and DMA moves the row once instead of `rows` times.
+    """
+    line = nl.ndarray((1, n), nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=line, src=row[0:1, start : start + n])
+    tile = nl.ndarray((rows, n), nl.float32, buffer=nl.sbuf)
+    for first in range(0, n, BANK):
+        width = min(BANK, n - first)
+        bank = banks[turn % BANKS]
+        nisa.nc_matmul(
+            dst=bank[0:rows, 0:width],
+            stationary=ones[0:1, 0:rows],
+            moving=line[0:1, first : first + width],
+            is_stationary_onezero=True,
+            accumulate=False,
+        )
+        nisa.tensor_copy(dst=tile[:, first : first + width], src=bank[0:rows, 0:width], engine=drain(turn))
+        turn += 1
+    return tile, turn
+
+
+def load_scales(scales, tiles, start, n):
+    """Scale bytes of `n` columns from `start`, `mx-quads/1` [64, S, C] -> SBUF [128, S, n], 16 live rows in each quadrant.
+
+    `tiles` is the slice (first, last) of the S axis.
+    """
+    first, last = tiles
+    out = nl.ndarray((PARTITIONS, last - first, n), nl.uint8, buffer=nl.sbuf)
+    for quadrant in range(4):
+        row = QUADRANT_ROWS * quadrant
+        nisa.dma_copy(
+            dst=out[32 * quadrant : 32 * quadrant + QUADRANT_ROWS, :, :],
+            src=scales[row : row + QUADRANT_ROWS, first:last, start : start + n],
+        )
+    return out
+
+
+def quantize_rows(rows, m, tiles, data, scale, banks, turn):
+    """MXFP8 of bf16 rows [m, 512 * tiles] in SBUF, contraction on partitions; returns the next turn.
+
+    Writes data [128, tiles, m] x4 and scale [128, ceil(tiles / 4), m] u8: element k = 512 t + 4 p + q of row i goes to
+    lane q of data[p, t, i]. A bf16 pair moves through TensorE as one float32: stride 2 over pairs puts pair 0 and pair 1
+    of each quad on the same partition, so one k tile takes two transposes and no element is touched twice.
+    """
+    pairs = rows.view(nl.float32)
+    for first in range(0, tiles, 2):
+        count = min(2, tiles - first)
+        bank = banks[turn % BANKS]
+        for i in range(count):
+            start = 256 * (first + i)
+            for half in range(2):
+                nisa.nc_transpose(
+                    dst=bank[:, 2 * m * i + half : 2 * m * (i + 1) : 2],
+                    data=pairs[0:m, start + half : start + 256 : 2],
+                    engine=nisa.engine.tensor,
+                )
+        quads = nl.ndarray((PARTITIONS, 2 * m * count), nl.float32, buffer=nl.sbuf)
+        # ScalarE: VectorE has the quantization itself to do.
+        nisa.tensor_copy(dst=quads, src=bank[:, 0 : 2 * m * count], engine=nisa.engine.scalar)
+        values = quads.view(nl.bfloat16)
+        for i in range(count):
+            t = first + i
+            nisa.quantize_mx(
+                dst=data[:, t, :],
+                src=values[:, 4 * m * i : 4 * m * (i + 1)],
+                dst_scale=scale[4 * (t % 4) :, t // 4, :],
+            )
+        turn += 1
+    return turn
