@@ -9,8 +9,8 @@ For every example two files are written:
 * `programs/KERNEL.EXAMPLE.json`, the program: tensors, instructions, constants as data, runtime offsets as references
   to the tensor or register that holds them, and the sha256 of every source file that the kernel is made of;
 * `programs/KERNEL.EXAMPLE.safetensors`, one set of inputs (`in.NAME`) and the simulator's outputs (`out.NAME`, and
-  `out.NAME@ocp` under the other documented block scale of `quantize_mx` where that differs), as bytes. The metadata has
-  `bound.NAME`: how far an executor that sums in another order may be from that output (0: not at all).
+  `out.NAME@ocp` under the other documented block scale of `quantize_mx`), as bytes. Where an executor may sum in another
+  order, `bound.NAME` (float64, element by element) says how far from that output it may be; without it, not at all.
 
 An operand is `[tensor, dtype, offset, [[stride, count], ...]]` in elements of dtype over the tensor's flat storage,
 outermost axis first, and a fifth element if part of the address is known at run time only. The same input gives the
@@ -52,8 +52,8 @@ class Example:
     """A kernel at one small shape, with inputs.
 
     `file` (below kernels/) and `entry` name the kernel; `args` are its arguments by name, arrays and compile-time
-    values; `bounds` has one absolute bound for each output (see the module's docstring), derived where the example is
-    defined; without it outputs must agree to the bit.
+    values; `bounds` has for each output how far two correct executors may be apart, element by element (None: they must
+    agree to the bit), derived where the example is defined.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Example:
     file: str
     entry: str
     args: dict[str, object]
-    bounds: tuple[float, ...] = ()
+    bounds: tuple[np.ndarray | None, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -172,8 +172,8 @@ class Numbering:
         return value
 
 
-def program(example: Example) -> tuple[dict, dict[str, np.ndarray], dict[str, str]]:
-    """The program of an example, its data by name, and the data's metadata."""
+def program(example: Example) -> tuple[dict, dict[str, np.ndarray]]:
+    """The program of an example, and its data by name."""
     report, tensors, outputs, after = simulate(example, "neuron")
     core = report.cores[0]
     if getattr(core, "data_dependent", False):
@@ -204,9 +204,12 @@ def program(example: Example) -> tuple[dict, dict[str, np.ndarray], dict[str, st
         by_rule["@ocp"] = _results(outputs, ports_out, after)
     data = {f"in.{s.name}": _bytes(example.args[s.name]) for s in inputs}
     data |= {f"out.{name}{rule}": v for rule, found in by_rule.items() for name, v in found.items()}
-    bounds = example.bounds or (0.0,) * len(ports_out)
-    metadata = {f"bound.{p['name']}": repr(float(b)) for p, b in zip(ports_out, bounds, strict=True)}
-    return made, data, metadata
+    bounds = example.bounds or (None,) * len(ports_out)
+    for port, bound in zip(ports_out, bounds, strict=True):
+        if bound is not None:
+            size = np.prod(table[port["tensor"]]["shape"])
+            data[f"bound.{port['name']}"] = _bytes(np.broadcast_to(bound, size) if np.ndim(bound) == 0 else np.float64(bound))
+    return made, data
 
 
 def _whole(tensor, example: Example) -> int:
@@ -287,20 +290,10 @@ def as_json(made: dict) -> str:
 
 def files(example: Example) -> dict[str, bytes]:
     """The example's two files, by name."""
-    made, data, metadata = program(example)
-    return {f"{example.stem}.json": as_json(made).encode(), f"{example.stem}.safetensors": _safetensors(data, metadata)}
+    from safetensors.numpy import save
 
-
-def _safetensors(data: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """The file format by hand: the library writes metadata in an order that changes from run to run."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    at = 0
-    for name, values in data.items():
-        header[name] = {"dtype": "U8", "shape": [values.size], "data_offsets": [at, at + values.size]}
-        at += values.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(v.tobytes() for v in data.values())
+    made, data = program(example)
+    return {f"{example.stem}.json": as_json(made).encode(), f"{example.stem}.safetensors": save(data)}
 
 
 def examples(only: list[str] | None = None) -> list[Example]:
