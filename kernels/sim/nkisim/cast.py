@@ -78,8 +78,8 @@ def _to_fp8(values: np.ndarray, dtype: DType) -> np.ndarray:
     if rule == "error":
         at = _first(overflow)
         raise CastError(
-            f"{values[at]!s} at {at} exceeds the largest {dtype} value {dtype.max:g}; clamp with minimum/maximum before "
-            "the cast (switch fp8_overflow)"
+            f"{values[at]!s} at {at} exceeds the largest {dtype} value {dtype.max:g}; clamp with minimum/maximum "
+            "before the cast (switch fp8_overflow)"
         )
     if rule == "saturate":
         return np.where(overflow, np.copysign(np.float32(dtype.max), values), out.astype(np.float32)).astype(dtype.np)

@@ -290,7 +290,7 @@ def _outputs(returned, prog: Program):
 
 
 def jit(fn=None, mode=None, platform_target: str | None = None, **options):
-    """Decorate a kernel. `platform_target` overrides the environment; other options of `nki.jit` have no effect here."""
+    """Decorate a kernel. `platform_target` overrides the environment; other options have no effect here."""
     if fn is None:
         return lambda f: Kernel(f, platform_target)
     return Kernel(fn, platform_target)

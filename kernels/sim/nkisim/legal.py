@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+
+import numpy as np
 
 from . import chip as chips
 from . import view
 from .errors import (
     BoundsError,
     BufferKindError,
+    CastError,
     DtypeError,
     LanguageError,
     PartitionError,
@@ -97,6 +101,9 @@ def number(value, role: str) -> float | int:
     """A compile-time number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise LanguageError(f"{role} is {value!r}, need a number")
+    with np.errstate(over="ignore"):
+        if np.isinf(np.float32(value)) and not math.isinf(value):
+            raise CastError(f"{role} is {value!r}, which float32 does not hold")
     return value
 
 

@@ -6,6 +6,7 @@ import os
 
 from . import chip as chips
 from . import program
+from .memory import PSUM_ALIGN
 
 
 def _chip() -> chips.Chip:
@@ -21,7 +22,7 @@ class TileSize:
     bn_stats_fmax = 512
     psum_fmax = psum_bank_fmax = chips.PSUM_BANK_BYTES // 4
     psum_bank_fmax_bytes = psum_fmax_bytes = chips.PSUM_BANK_BYTES
-    psum_min_align = 4
+    psum_min_align = PSUM_ALIGN
     sbuf_min_align = 1
 
     @property

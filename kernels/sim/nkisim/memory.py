@@ -14,7 +14,7 @@ import numpy as np
 
 from . import chip as chips
 from .dtypes import DType
-from .errors import BoundsError, CapacityError, PartitionError, ShapeError, user_location
+from .errors import BoundsError, CapacityError, PartitionError, PsumError, ShapeError, user_location
 
 
 class MemoryRegion(enum.Enum):
@@ -33,6 +33,8 @@ class MemoryRegion(enum.Enum):
 
 SBUF, PSUM = MemoryRegion.sbuf, MemoryRegion.psum
 HBM, SHARED_HBM = MemoryRegion.private_hbm, MemoryRegion.shared_hbm
+
+PSUM_ALIGN = 4  # nl.tile_size.psum_min_align
 
 # State of a PSUM byte, as matmul accumulation sees it.
 PSUM_UNTOUCHED, PSUM_MATMUL, PSUM_OTHER, PSUM_EVICTED = 0, 1, 2, 4
@@ -93,6 +95,8 @@ class Storage:
                 f"address byte {byte} with {self.row_bytes} bytes a partition leaves the {physical.row_bytes} of "
                 f"{self.buffer.value}"
             )
+        if self.buffer is PSUM and byte % PSUM_ALIGN:
+            raise PsumError(f"address byte {byte} is not a multiple of {PSUM_ALIGN}, which psum needs")
         self.address = (partition, byte)
         self.data, self.tags, self.tag = physical.data, physical.tags, self.id
         self.row_stride = physical.row_bytes

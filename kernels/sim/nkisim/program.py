@@ -162,8 +162,8 @@ class Program:
     def _check_capacity(self, what: str, used: int, limit: int, at: Storage | None) -> None:
         if used > limit and config.current().capacity == "error":
             raise CapacityError(
-                f"{used} bytes a partition of {what} are live at once, {self.chip.name} has {limit}; the peak is reached "
-                f"by {at.name!r}, allocated at {at.where[0]}:{at.where[1]} (switch capacity)"
+                f"{used} bytes a partition of {what} are live at once, {self.chip.name} has {limit}; the peak is "
+                f"reached by {at.name!r}, allocated at {at.where[0]}:{at.where[1]} (switch capacity)"
             )
 
 

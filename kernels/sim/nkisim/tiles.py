@@ -13,6 +13,7 @@ from .alu import TOKENS
 from .dtypes import resolve
 from .errors import ShapeError, UnspecifiedError
 from .isa import move, reduce, vector
+from .isa.common import Engine
 from .isa.dma import dma_copy, dma_transpose
 from .isa.matmul import nc_matmul
 from .isa.random import rng, set_rng_seed
@@ -58,6 +59,13 @@ def activated(name: str):
         return dst
 
     return call
+
+
+def rsqrt(x, dtype=None):
+    """1 / sqrt(x) on GpSimd, which reaches SBUF only; `nisa.activation(op=nl.rsqrt)` also takes PSUM."""
+    dst = _result(x, dtype)
+    vector.tensor_scalar(dst, x, TOKENS["rsqrt"], engine=Engine.gpsimd)
+    return dst
 
 
 def invert(x, dtype=None):
@@ -245,6 +253,7 @@ for _name in ("copy", "exp", "log", "sqrt", "rsqrt", "reciprocal", "square", "ab
               "softplus", "mish", "erf", "erf_dx", "sin", "arctan"):  # fmt: skip
     TOKENS[_name].wrapper = activated(_name)
 TOKENS["invert"].wrapper = invert
+TOKENS["rsqrt"].wrapper = rsqrt
 TOKENS["logical_not"].wrapper = logical_not
 TOKENS["negative"].wrapper = negative
 TOKENS["max"].wrapper = reducing("maximum")

@@ -103,7 +103,7 @@ def plain(value):
 
 
 def tensor_table(storages: list[Storage]) -> list[dict]:
-    """Every allocated tensor: id, name, shape, dtype, buffer, address, kind, first and last instruction that uses it."""
+    """Every tensor: id, name, shape, dtype, buffer, address, kind, first and last instruction that uses it."""
     return [
         {
             "id": s.id,

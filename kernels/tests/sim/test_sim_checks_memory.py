@@ -46,6 +46,7 @@ def raises(sim, kind, match, body, *args, **options):
         ((64, 4), {"address": (96, 0)}, errors.PartitionError, "leaves the 128"),
         ((64, 4), {"address": (0, 262140)}, errors.CapacityError, "leaves the 262144"),
         ((64, 4), {"address": (0, 0), "buffer": nl.hbm}, errors.BufferKindError, "sbuf and psum"),
+        ((64, 4), {"address": (0, 6), "buffer": nl.psum}, errors.PsumError, "multiple of 4"),
         ((64, 4), {"address": 0}, errors.LanguageError, r"need \(partition, byte\)"),
     ],
 )
@@ -495,6 +496,8 @@ def test_nan_to_integer(sim):
         (nl.float8_e4m3, 300.0, errors.CastError),
         (nl.float8_e4m3fn_x4, 1, errors.CastError),
         (nl.float32, "1", errors.LanguageError),
+        (nl.float32, 1e39, errors.CastError),
+        (nl.bfloat16, -1e39, errors.CastError),
     ],
 )
 def test_memset_value_must_fit(sim, dtype, value, kind):

@@ -3,10 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from nkisim import config, dtypes, errors, view
 
 import nki.isa as nisa
 import nki.language as nl
+from nkisim import config, dtypes, errors, view
 
 F32, BF16, P = nl.float32, nl.bfloat16, nl.psum
 U, L, D, B, S, BO = (

@@ -95,23 +95,29 @@ def test_transpose_of_free_axes(sim):
     assert np.array_equal(sim(transpose_free_axes, x, (3, 4)), x.reshape(5, 3, 4).transpose(0, 2, 1).reshape(5, 12))
 
 
-def average_pool(x, size):
-    """A 5-D view [C, H/s, W/s, s, s] reduced over the last two axes."""
+def average_pool(x, size, whole_tile):
+    """A 5-D view [C, H/s, W/s, s, s] reduced over the last two axes, by nisa or by nl.sum."""
     c, h, w = x.shape
     t = nl.ndarray(x.shape, x.dtype)
     nisa.dma_copy(t, x)
     windows = t.ap([[h * w, c], [size * w, h // size], [size, w // size], [w, size], [1, size]])
-    total, out = nl.ndarray((c, h // size, w // size), F32), nl.ndarray((c, h // size, w // size), x.dtype)
-    nisa.tensor_reduce(dst=total, op=nl.add, data=windows, axis=(3, 4))
+    if whole_tile:
+        total = nl.sum(windows, axis=[3, 4], dtype=F32)
+    else:
+        total = nl.ndarray((c, h // size, w // size), F32)
+        nisa.tensor_reduce(dst=total, op=nl.add, data=windows, axis=(3, 4))
+    out = nl.ndarray((c, h // size, w // size), x.dtype)
     nisa.tensor_scalar(dst=out, data=total, op0=nl.multiply, operand0=1.0 / size**2)
     hbm = nl.ndarray(out.shape, x.dtype, nl.shared_hbm)
     nisa.dma_copy(hbm, out)
     return hbm
 
 
-def test_average_pool(sim):
+@pytest.mark.parametrize("whole_tile", [False, True])
+def test_average_pool(sim, whole_tile):
     x = RNG.integers(0, 64, (6, 8, 12)).astype(np.float16)
-    assert np.array_equal(sim(average_pool, x, 4), x.reshape(6, 2, 4, 3, 4).mean((2, 4)).astype(np.float16))
+    want = x.reshape(6, 2, 4, 3, 4).mean((2, 4)).astype(np.float16)
+    assert np.array_equal(sim(average_pool, x, 4, whole_tile), want)
 
 
 # -- softmax, norm -------------------------------------------------------------------------------------------------------

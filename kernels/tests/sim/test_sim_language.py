@@ -367,6 +367,22 @@ def test_whole_tile_matmul_and_transpose(sim):
     assert np.array_equal(turned, X.T)
 
 
+def test_rsqrt_of_psum_is_for_activation_only(sim):
+    def body(call):
+        acc, x = nl.ndarray((2, 2), F32, nl.psum), nl.full((2, 2), 4.0, F32)
+        nisa.tensor_copy(acc, x)
+        out = nl.ndarray((2, 2), F32)
+        nisa.activation(out, nl.rsqrt, acc)
+        nisa.tensor_tensor(out, out, nl.rsqrt(acc if call else x), op=nl.subtract)
+        hbm = nl.ndarray((2, 2), F32, nl.shared_hbm)
+        nisa.dma_copy(hbm, out)
+        return hbm
+
+    assert not sim(body, False).any()
+    with pytest.raises(errors.BufferKindError, match="gpsimd cannot reach psum"):
+        sim(body, True)
+
+
 def test_what_fails_on_hardware_is_refused(sim):
     for call in (lambda t: nl.divide(t, t), lambda t: nl.mod(t, 2.0), lambda t: nl.matmul(t, t)):
         with pytest.raises(errors.UnspecifiedError):

@@ -225,8 +225,8 @@ def _adding(prog, access, accumulate) -> np.ndarray:
         rule = switches().psum_after_eviction
         if rule == "error":
             raise PsumError(
-                "accumulate=None onto PSUM that was read since its last matmul: it may add or overwrite; pass accumulate "
-                "(switch psum_after_eviction)"
+                "accumulate=None onto PSUM that was read since its last matmul: it may add or overwrite; pass "
+                "accumulate (switch psum_after_eviction)"
             )
         if rule == "overwrite":
             return (kind == PSUM_MATMUL) & ~reused

@@ -140,7 +140,7 @@ def fp8_transpose(data: NkiTensor) -> None:
 
 @instruction
 def nc_transpose(dst, data, engine=Engine.unknown, name=None):
-    """Swap the partition axis with the flattened free axes: TensorE up to 128 x 128 into PSUM, VectorE up to 32 x 32."""
+    """Swap the partition axis with the flattened free axes: TensorE to 128 x 128 into PSUM, VectorE to 32 x 32."""
     prog = program.current()
     legal.on_chip(dst, "dst")
     legal.on_chip(data, "data")

@@ -41,8 +41,8 @@ def _scale_tile(scale, role: str, data: NkiTensor, columns: int) -> np.ndarray:
         raise MxError(f"{role} starts at partition {scale.start_partition}; need row 0, 4, 8 or 12 of a quadrant")
     if scale.start_partition // 32 != data.start_partition // 32:
         raise MxError(
-            f"{role} starts in quadrant {scale.start_partition // 32}, its data in quadrant {data.start_partition // 32}; "
-            "a scale lives in the quadrant of its group"
+            f"{role} starts in quadrant {scale.start_partition // 32}, its data in "
+            f"quadrant {data.start_partition // 32}; a scale lives in the quadrant of its group"
         )
     return rows
 
