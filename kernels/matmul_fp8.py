@@ -15,7 +15,7 @@ Arguments
     w_scale  float32 [1, 1], [1, C], or with blocks [B, H]
     bias     None or [1, C], float32 or bfloat16
     n        N; None for C
-    element  "e4m3" (IEEE, max 240; both targets), "e4m3fn" (OCP, max 448; Trainium3) or "e5m2"
+    x_element, w_element  "e4m3" (IEEE, max 240; both targets), "e4m3fn" (OCP, max 448; Trainium3) or "e5m2"
     blocks   True: x_scale and w_scale belong to 1 x 128 and 128 x 128 blocks
     activation  "none", "relu", "silu" or "gelu" (tanh form)
     out      "f32" or "bf16"
@@ -26,7 +26,7 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from matmul_tiles import BANK, BANKS, PARTITIONS, ceil_div, drain, ones_row, psum_banks, spread_row
+from matmul_tiles import BANK, BANKS, PARTITIONS, ceil_div, drain, psum_banks, spread_row
 
 # Bytes of a partition given to weights (twice: the next column block loads while this one works) and to activations.
 WEIGHT_BYTES = 64 * 1024
@@ -35,38 +35,38 @@ PIECE = 2048  # k loaded by one DMA: 2 KiB of codes a row
 STREAM_AHEAD = 4  # chunks in flight when a weight is used once
 
 
-def fp8_type(element):
-    """The dtype of the codes; refuses what the target does not have."""
+def fp8_type(element, role):
+    """The dtype of an operand's codes; refuses what the target does not have."""
     gen = nisa.get_nc_version()
-    assert gen != nisa.nc_version.gen2, "matmul_fp8: target: double-row FP8 needs trn2 or trn3"
-    assert element in ("e4m3", "e4m3fn", "e5m2"), f"matmul_fp8: element is {element}, need e4m3, e4m3fn or e5m2"
+    assert gen != nisa.nc_version.gen2, "target: got trn1, need trn2 or trn3 (double-row FP8)"
+    assert element in ("e4m3", "e4m3fn", "e5m2"), f"{role}_element: got {element}, need e4m3, e4m3fn or e5m2"
     if element == "e4m3fn":
-        assert gen == nisa.nc_version.gen4, "matmul_fp8: element e4m3fn needs trn3; halve the codes to e4m3 for trn2"
+        assert gen == nisa.nc_version.gen4, f"{role}_element: e4m3fn needs trn3; halve the codes to e4m3 for trn2"
         return nl.float8_e4m3fn
     return nl.float8_e4m3 if element == "e4m3" else nl.float8_e5m2
 
 
 def check(x, w, x_scale, w_scale, bias, n, blocks):
     """Refuse shapes that do not belong together; returns (M, K, N, H)."""
-    assert len(x.shape) == 2 and x.dtype == nl.uint8, f"matmul_fp8: x is {x.shape} {x.dtype}, need [M, K] uint8"
-    assert len(w.shape) == 3 and w.dtype == nl.uint8, f"matmul_fp8: w is {w.shape} {w.dtype}, need [128, H, C] uint8"
+    assert len(x.shape) == 2 and x.dtype == nl.uint8, f"x: got {x.shape} {x.dtype}, need [M, K] uint8"
+    assert len(w.shape) == 3 and w.dtype == nl.uint8, f"w: got {w.shape} {w.dtype}, need [128, H, C] uint8"
     m, k = x.shape
     halves = ceil_div(k, PARTITIONS)
-    assert k <= 65536, f"matmul_fp8: K is {k}, need at most 65536"
-    assert w.shape[0] == PARTITIONS and w.shape[1] == halves, f"matmul_fp8: w is {w.shape}, K {k} needs [128, {halves}, C]"
+    assert k <= 65536, f"K: got {k}, need at most 65536"
+    assert w.shape[0] == PARTITIONS and w.shape[1] == halves, f"w: got {w.shape}, need [128, {halves}, C] for K {k}"
     columns = w.shape[2]
     n = columns if n == None else n  # noqa: E711  (NKI has no `is`)
-    assert 1 <= n <= columns, f"matmul_fp8: n is {n}, w has {columns} columns"
+    assert 1 <= n <= columns, f"n: got {n}, need 1..{columns}, the columns of w"
     wide = ceil_div(n, PARTITIONS)
     x_shapes = ((m, halves),) if blocks else ((1, 1), (m, 1))
     w_shapes = ((wide, halves),) if blocks else ((1, 1), (1, columns))
-    assert x_scale.dtype == nl.float32, f"matmul_fp8: x_scale is {x_scale.dtype}, need float32"
-    assert w_scale.dtype == nl.float32, f"matmul_fp8: w_scale is {w_scale.dtype}, need float32"
-    assert tuple(x_scale.shape) in x_shapes, f"matmul_fp8: x_scale is {x_scale.shape}, need one of {x_shapes}"
-    assert tuple(w_scale.shape) in w_shapes, f"matmul_fp8: w_scale is {w_scale.shape}, need one of {w_shapes}"
+    assert x_scale.dtype == nl.float32, f"x_scale: got {x_scale.dtype}, need float32"
+    assert w_scale.dtype == nl.float32, f"w_scale: got {w_scale.dtype}, need float32"
+    assert tuple(x_scale.shape) in x_shapes, f"x_scale: got {x_scale.shape}, need one of {x_shapes}"
+    assert tuple(w_scale.shape) in w_shapes, f"w_scale: got {w_scale.shape}, need one of {w_shapes}"
     if bias != None:  # noqa: E711
-        assert tuple(bias.shape) == (1, columns), f"matmul_fp8: bias is {bias.shape}, need (1, {columns})"
-        assert bias.dtype in (nl.float32, nl.bfloat16), f"matmul_fp8: bias is {bias.dtype}, need float32 or bfloat16"
+        assert tuple(bias.shape) == (1, columns), f"bias: got {bias.shape}, need (1, {columns})"
+        assert bias.dtype in (nl.float32, nl.bfloat16), f"bias: got {bias.dtype}, need float32 or bfloat16"
     return m, k, n, halves
 
 
@@ -226,11 +226,26 @@ def column_block(tiles, halves):
 
 
 @nki.jit
-def matmul_fp8(x, w, x_scale, w_scale, bias=None, n=None, element="e4m3", blocks=False, activation="none", out="bf16"):
+def matmul_fp8(
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias=None,
+    n=None,
+    x_element="e4m3",
+    w_element="e4m3",
+    blocks=False,
+    activation="none",
+    out="bf16",
+):
     """y = activation((x @ w) * scales + bias); see the module's docstring."""
-    fp8 = fp8_type(element)
-    assert activation in ("none", "relu", "silu", "gelu"), f"matmul_fp8: activation is {activation}, need none, relu, silu or gelu"
-    assert out in ("f32", "bf16"), f"matmul_fp8: out is {out}, need f32 or bf16"
+    x_fp8 = fp8_type(x_element, "x")
+    w_fp8 = fp8_type(w_element, "w")
+    mixed = x_element != w_element and x_element != "e5m2" and w_element != "e5m2"
+    assert not mixed, f"elements: got {x_element} and {w_element}; e4m3 and e4m3fn do not meet in one matmul"
+    assert activation in ("none", "relu", "silu", "gelu"), f"activation: got {activation}, need none, relu, silu or gelu"
+    assert out in ("f32", "bf16"), f"out: got {out}, need f32 or bf16"
     m_all, k, n_all, halves = check(x, w, x_scale, w_scale, bias, n, blocks)
     op = nl.copy
     if activation == "relu":
@@ -242,7 +257,6 @@ def matmul_fp8(x, w, x_scale, w_scale, bias=None, n=None, element="e4m3", blocks
     kind = nl.float32 if out == "f32" else nl.bfloat16
     y = nl.ndarray((m_all, n_all), kind, buffer=nl.shared_hbm)
     banks = psum_banks()
-    ones = ones_row(nl.float32)
     turn = 0
     chunks = ceil_div(halves, 2)
     resident = max(1, ROW_BYTES // (halves * PARTITIONS))
@@ -265,16 +279,16 @@ def matmul_fp8(x, w, x_scale, w_scale, bias=None, n=None, element="e4m3", blocks
             if blocks:
                 wide = ceil_div(width, PARTITIONS)
                 flat = w_scale.reshape((1, w_scale.shape[0] * halves))
-                spread, turn = spread_row(flat, start // PARTITIONS * halves, wide * halves, spread_rows, ones, banks, turn)
+                spread, turn = spread_row(flat, start // PARTITIONS * halves, wide * halves, spread_rows, banks, turn)
             elif w_scale.shape[1] > 1:
-                column_scale, turn = spread_row(w_scale, start, width, spread_rows, ones, banks, turn)
+                column_scale, turn = spread_row(w_scale, start, width, spread_rows, banks, turn)
             if bias != None:  # noqa: E711
-                column_bias, turn = spread_row(bias, start, width, spread_rows, ones, banks, turn)
+                column_bias, turn = spread_row(bias, start, width, spread_rows, banks, turn)
             for t in range(tiles):
                 # The next row tile is prepared before this one is multiplied, so TensorE does not wait for it.
                 while number == 0 and len(rows) < min(t + 2, tiles):
                     row = group_row + PARTITIONS * len(rows)
-                    tile, turn = load_rows(x, fp8, row, min(PARTITIONS, m_all - row), k, halves, banks, turn)
+                    tile, turn = load_rows(x, x_fp8, row, min(PARTITIONS, m_all - row), k, halves, banks, turn)
                     rows.append(tile)
                     if not blocks:
                         scales.append(load_row_scale(x_scale, w_scale, row, tile.shape[2]))
@@ -290,7 +304,7 @@ def matmul_fp8(x, w, x_scale, w_scale, bias=None, n=None, element="e4m3", blocks
                     while t == 0 and len(weights) < min(number * chunks + c + 1 + ahead, total_loads):
                         later = step * (len(weights) // chunks)
                         weights.append(
-                            load_weights(w, fp8, len(weights) % chunks, halves, later, min(step, n_all - later))
+                            load_weights(w, w_fp8, len(weights) % chunks, halves, later, min(step, n_all - later))
                         )
                     tile = weights[number * chunks + c]
                     if blocks:

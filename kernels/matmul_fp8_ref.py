@@ -43,11 +43,11 @@ def pack(codes: np.ndarray, columns: int | None = None) -> np.ndarray:
     return np.ascontiguousarray(out.reshape(halves, 128, -1).transpose(1, 0, 2))
 
 
-def _exact(x, w, x_scale, w_scale, bias, n, element, blocks):
+def _exact(x, w, x_scale, w_scale, bias, n, x_element, w_element, blocks):
     """(sum, sum of magnitudes, bias, number of scaled partial sums) in float64."""
     k = x.shape[1]
-    a = x.view(ELEMENTS[element]).astype(np.float64)
-    b = unpack(w, k, element)[:, : n or w.shape[2]]
+    a = x.view(ELEMENTS[x_element]).astype(np.float64)
+    b = unpack(w, k, w_element)[:, : n or w.shape[2]]
     sx, sw = np.asarray(x_scale, np.float64), np.asarray(w_scale, np.float64)
     if blocks:
         a = a * np.repeat(sx, 128, axis=1)[:, :k]
@@ -59,13 +59,13 @@ def _exact(x, w, x_scale, w_scale, bias, n, element, blocks):
     return a @ b, np.abs(a) @ np.abs(b), shift
 
 
-def matmul_fp8(x, w, x_scale, w_scale, bias=None, n=None, element="e4m3", blocks=False, activation="none", out="bf16"):
+def matmul_fp8(x, w, x_scale, w_scale, bias=None, n=None, x_element="e4m3", w_element="e4m3", blocks=False, activation="none", out="bf16"):
     """y = activation((x @ w) * scales + bias), summed in float64, rounded once."""
-    total, _, shift = _exact(x, w, x_scale, w_scale, bias, n, element, blocks)
+    total, _, shift = _exact(x, w, x_scale, w_scale, bias, n, x_element, w_element, blocks)
     return apply(activation, total + shift).astype(np.float32).astype(OUTPUTS[out])
 
 
-def bound(x, w, x_scale, w_scale, bias=None, n=None, element="e4m3", blocks=False, activation="none", out="bf16"):
+def bound(x, w, x_scale, w_scale, bias=None, n=None, x_element="e4m3", w_element="e4m3", blocks=False, activation="none", out="bf16"):
     """How far any order of float32 summation may be from the reference.
 
     Products of FP8 codes are exact in float32. K terms added in any order, the two scale products, a multiplication and
@@ -75,7 +75,7 @@ def bound(x, w, x_scale, w_scale, bias=None, n=None, element="e4m3", blocks=Fals
     output is rounded once by each side, which for a value on a tie differs by one ulp.
     """
     k, halves = x.shape[1], w.shape[1]
-    total, size, shift = _exact(x, w, x_scale, w_scale, bias, n, element, blocks)
+    total, size, shift = _exact(x, w, x_scale, w_scale, bias, n, x_element, w_element, blocks)
     steps = (k + halves + 6) * U32
     error = steps / (1.0 - steps) * (size + np.abs(shift)) * SLOPE[activation]
     value = np.abs(apply(activation, total + shift))

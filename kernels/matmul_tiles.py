@@ -33,19 +33,14 @@ def drain(turn):
     return nisa.engine.scalar if turn % 2 == 0 else nisa.engine.vector
 
 
-def ones_row(dtype):
-    """[1, 128] of 1.0: the stationary operand that copies a row to all partitions."""
-    ones = nl.ndarray((1, PARTITIONS), dtype, buffer=nl.sbuf)
-    nisa.memset(dst=ones, value=1.0)
-    return ones
-
-
-def spread_row(row, start, n, rows, ones, banks, turn):
+def spread_row(row, start, n, rows, banks, turn):
     """Elements start..start+n of the HBM tensor `row` [1, C] in each of `rows` partitions, as float32; returns (tile, turn).
 
     By TensorE: ones.T @ row has one product in each sum, so it is exact, and DMA moves the row once instead of `rows` times.
     """
-    line = nl.ndarray((1, n), nl.float32, buffer=nl.sbuf)
+    ones = nl.ndarray((1, rows), row.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=ones, value=1.0)
+    line = nl.ndarray((1, n), row.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=line, src=row[0:1, start : start + n])
     tile = nl.ndarray((rows, n), nl.float32, buffer=nl.sbuf)
     for first in range(0, n, BANK):
@@ -53,7 +48,7 @@ def spread_row(row, start, n, rows, ones, banks, turn):
         bank = banks[turn % BANKS]
         nisa.nc_matmul(
             dst=bank[0:rows, 0:width],
-            stationary=ones[0:1, 0:rows],
+            stationary=ones,
             moving=line[0:1, first : first + width],
             is_stationary_onezero=True,
             accumulate=False,
@@ -79,13 +74,16 @@ def load_scales(scales, tiles, start, n):
     return out
 
 
-def quantize_rows(rows, m, tiles, data, scale, banks, turn):
-    """MXFP8 of bf16 rows [m, 512 * tiles] in SBUF, contraction on partitions; returns the next turn.
+def quantize_rows(rows, start_tile, data, scale, banks, turn):
+    """MXFP8 of bf16 rows [m, 512 c] in SBUF, contraction on partitions; returns the next turn.
 
-    Writes data [128, tiles, m] x4 and scale [128, ceil(tiles / 4), m] u8: element k = 512 t + 4 p + q of row i goes to
-    lane q of data[p, t, i]. A bf16 pair moves through TensorE as one float32: stride 2 over pairs puts pair 0 and pair 1
-    of each quad on the same partition, so one k tile takes two transposes and no element is touched twice.
+    They are k tiles start_tile..start_tile+c of data [128, T, m] x4 and scale [128, ceil(T / 4), m] u8: element
+    512 t + 4 p + q of row i goes to lane q of data[p, t, i]. A bf16 pair moves through TensorE as one float32: stride 2 over
+    pairs puts pair 0 and pair 1 of each quad on the same partition, so one k tile takes two transposes and no element is
+    touched twice.
     """
+    m = rows.shape[0]
+    tiles = rows.shape[1] // 512
     pairs = rows.view(nl.float32)
     for first in range(0, tiles, 2):
         count = min(2, tiles - first)
@@ -95,7 +93,7 @@ def quantize_rows(rows, m, tiles, data, scale, banks, turn):
             for half in range(2):
                 nisa.nc_transpose(
                     dst=bank[:, 2 * m * i + half : 2 * m * (i + 1) : 2],
-                    data=pairs[0:m, start + half : start + 256 : 2],
+                    data=pairs[:, start + half : start + 256 : 2],
                     engine=nisa.engine.tensor,
                 )
         quads = nl.ndarray((PARTITIONS, 2 * m * count), nl.float32, buffer=nl.sbuf)
@@ -103,7 +101,7 @@ def quantize_rows(rows, m, tiles, data, scale, banks, turn):
         nisa.tensor_copy(dst=quads, src=bank[:, 0 : 2 * m * count], engine=nisa.engine.scalar)
         values = quads.view(nl.bfloat16)
         for i in range(count):
-            t = first + i
+            t = start_tile + first + i
             nisa.quantize_mx(
                 dst=data[:, t, :],
                 src=values[:, 4 * m * i : 4 * m * (i + 1)],

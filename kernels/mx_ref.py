@@ -1,0 +1,65 @@
+"""numpy references of the MX pieces that the kernels' references share: quantization, packing, unpacking."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+ELEMENTS = {"e4m3fn": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn}
+# Exponent of the largest power of two an element holds, and its largest value.
+EMAX = {"e4m3fn": 8, "e5m2": 15, "e2m1": 2}
+TOP = {"e4m3fn": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
+
+
+def quantize(x, element: str, rule: str = "neuron"):
+    """Codes [M, K] uint8 and scale bytes [M, K/32] of x in groups of 32 along K.
+
+    The scale exponent is that of the largest magnitude minus EMAX - 1 (`neuron`, NKI 0.5 and later: nothing saturates) or
+    minus EMAX (`ocp`: what exceeds the range is clamped), not below byte 0; elements round to nearest even.
+    """
+    x = np.asarray(x, np.float64)
+    groups = x.reshape(x.shape[0], -1, 32)
+    top = np.abs(groups).max(axis=2)
+    exponent = np.where(top > 0, np.frexp(top)[1] - 1, -10_000)
+    byte = np.clip(exponent + 127 - EMAX[element] + (1 if rule == "neuron" else 0), 0, 254)
+    scaled = np.ldexp(groups, -(byte[..., None] - 127))
+    values = np.clip(scaled, -TOP[element], TOP[element]).astype(np.float32)
+    return values.astype(ELEMENTS[element]).view(np.uint8).reshape(x.shape), byte.astype(np.uint8)
+
+
+def dequantize(codes, scale, element: str):
+    """Values [M, K] in float64."""
+    values = codes.view(ELEMENTS[element]).astype(np.float64).reshape(codes.shape[0], -1, 32)
+    return np.ldexp(values, scale.astype(np.int64)[..., None] - 127).reshape(codes.shape)
+
+
+def pack(codes, scale, element: str, columns: int | None = None):
+    """Codes [N, K] and scales [N, K/32] -> layout `mx-quads/1`: words [128, T, C] and scale rows [64, S, C]."""
+    n, k = codes.shape
+    tiles = -(-k // 512)
+    columns = columns or -(-n // 32) * 32
+    full = np.zeros((columns, tiles * 512), np.uint8)
+    full[:n, :k] = codes
+    quads = full.reshape(columns, tiles, 128, 4).transpose(2, 1, 0, 3).astype(np.uint32)
+    bits, word = (4, np.uint16) if element == "e2m1" else (8, np.uint32)
+    words = sum(quads[..., q] << (bits * q) for q in range(4)).astype(word)
+    groups = np.full((columns, -(-tiles // 4) * 4, 4, 4), 127, np.uint8)
+    groups.reshape(columns, -1)[:n, : k // 32] = scale
+    rows = groups.reshape(columns, -1, 4, 4, 4).transpose(3, 2, 4, 1, 0)  # quadrant, tile of four, group, scale tile, column
+    return np.ascontiguousarray(words), np.ascontiguousarray(rows.reshape(64, -1, columns))
+
+
+def unpack_scales(scale_rows, k: int):
+    """Scale rows [64, S, C] -> scale bytes [C, K/32]."""
+    columns = scale_rows.shape[2]
+    groups = scale_rows.reshape(4, 4, 4, -1, columns).transpose(4, 3, 1, 0, 2)  # column, scale tile, tile, quadrant, group
+    return np.ascontiguousarray(groups.reshape(columns, -1)[:, : k // 32])
+
+
+def unpack(words, scale_rows, element: str):
+    """Layout `mx-quads/1` -> values [C, 512 T] in float64."""
+    _, tiles, columns = words.shape
+    bits = 4 if element == "e2m1" else 8
+    lanes = (words[..., None].astype(np.uint32) >> (bits * np.arange(4, dtype=np.uint32))) & np.uint32(2**bits - 1)
+    codes = np.ascontiguousarray(lanes.astype(np.uint8).transpose(2, 1, 0, 3).reshape(columns, tiles * 512))
+    return dequantize(codes, unpack_scales(scale_rows, 512 * tiles), element)
