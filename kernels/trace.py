@@ -7,7 +7,8 @@
 For every example two files are written:
 
 * `programs/KERNEL.EXAMPLE.json`, the program: tensors, instructions, constants as data, runtime offsets as references
-  to the tensor or register that holds them, and the sha256 of every source file that the kernel is made of;
+  to the tensor or register that holds them, the compile-time arguments, and the sha256 of every source file that the
+  kernel is made of;
 * `programs/KERNEL.EXAMPLE.safetensors`, one set of inputs (`in.NAME`) and the simulator's outputs (`out.NAME`, and
   `out.NAME@ocp` under the other documented block scale of `quantize_mx`), as bytes. Where an executor may sum in another
   order, `bound.NAME` (float64, element by element) says how far from that output it may be; without it, not at all.
@@ -193,6 +194,7 @@ def program(example: Example) -> tuple[dict, dict[str, np.ndarray]]:
         "example": example.name,
         "target": example.target,
         "sources": sources(KERNELS / example.file),
+        "parameters": {k: v for k, v in example.args.items() if isinstance(v, (bool, int, float, str))},
         "inputs": ports_in,
         "outputs": ports_out,
         "tensors": table,

@@ -80,7 +80,7 @@ impl Device {
     /// The program's text.
     pub fn json(&self) -> Vec<u8> {
         let value = json!({
-            "format": "trn-kernels.program.1", "kernel": "test", "example": "test", "target": self.target, "sources": {},
+            "format": "trn-kernels.program.1", "kernel": "test", "example": "test", "target": self.target, "sources": {}, "parameters": {},
             "inputs": self.inputs, "outputs": self.outputs, "tensors": self.tensors, "instructions": self.instructions,
         });
         value.to_string().into_bytes()

@@ -41,6 +41,7 @@ struct RawProgram {
     example: String,
     target: String,
     sources: BTreeMap<String, String>,
+    parameters: BTreeMap<String, Value>,
     inputs: Vec<RawPort>,
     outputs: Vec<RawPort>,
     tensors: Vec<RawTensor>,
@@ -120,6 +121,7 @@ impl Program {
             example: raw.example,
             target,
             sources: raw.sources.into_iter().collect(),
+            parameters: raw.parameters.into_iter().map(|(name, value)| (name, text(value))).collect(),
             inputs: ports("inputs", raw.inputs, &tensors)?,
             outputs: ports("outputs", raw.outputs, &tensors)?,
             tensors,
@@ -245,6 +247,14 @@ impl Program {
             }
         }
         Ok(())
+    }
+}
+
+/// A compile-time argument as text.
+fn text(value: Value) -> String {
+    match value {
+        Value::String(s) => s,
+        other => other.to_string(),
     }
 }
 

@@ -7,7 +7,7 @@
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use trn_kernels::trainium::emulator::{Limits, Options, Program};
-//! # let json = br#"{"format":"trn-kernels.program.1","kernel":"copy","example":"e","target":"trn2","sources":{},
+//! # let json = br#"{"format":"trn-kernels.program.1","kernel":"copy","example":"e","target":"trn2","sources":{},"parameters":{},
 //! # "inputs":[{"name":"x","tensor":0}],"outputs":[{"name":"output_0","tensor":1}],
 //! # "tensors":[{"name":"x","shape":[2],"dtype":"uint8","buffer":"private_hbm"},
 //! # {"name":"","shape":[2],"dtype":"uint8","buffer":"shared_hbm"}],

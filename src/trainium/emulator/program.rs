@@ -281,6 +281,7 @@ pub struct Program {
     pub(super) example: String,
     pub(super) target: Target,
     pub(super) sources: Vec<(String, String)>,
+    pub(super) parameters: Vec<(String, String)>,
     pub(super) tensors: Vec<Tensor>,
     pub(super) inputs: Vec<Port>,
     pub(super) outputs: Vec<Port>,
@@ -307,6 +308,16 @@ impl Program {
     /// Source files (relative to `kernels/`) with their sha256 in hexadecimal.
     pub fn sources(&self) -> &[(String, String)] {
         &self.sources
+    }
+
+    /// The compile-time arguments that the kernel was specialised for, by name, as text (`true`, `128`, `0.125`, `e2m1`).
+    pub fn parameters(&self) -> &[(String, String)] {
+        &self.parameters
+    }
+
+    /// The compile-time argument called `name`.
+    pub fn parameter(&self, name: &str) -> Option<&str> {
+        self.parameters.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
     /// All tensors.
