@@ -4,7 +4,7 @@
 use super::args::{Factor, Slot};
 use super::dtype::Dtype;
 use super::fault::{Result, Rule, fault};
-use super::program::{Access, Buffer, Operand, PARTITIONS, PSUM_BANK_BYTES, Target, Tensor};
+use super::program::{Access, Buffer, Operand, PARTITIONS, Target, Tensor};
 
 /// Elements one operand may have: far above any instruction's, and a bound on what a run allocates.
 const MAX_ELEMENTS: usize = 1 << 26;
@@ -34,7 +34,7 @@ pub(super) fn access(a: &Access, tensors: &[Tensor]) -> Result<()> {
 /// counts once: its positions are only known at run time.
 pub(super) fn reach(a: &Access, tensor: &Tensor, offset: usize, one_row: bool) -> Result<()> {
     let size = a.dtype.size();
-    if tensor.row_bytes % size != 0 {
+    if !tensor.row_bytes.is_multiple_of(size) {
         return fault(Rule::Bounds, format!("rows of {} bytes seen as {}", tensor.row_bytes, a.dtype.name()));
     }
     let row = tensor.row_bytes / size;
@@ -171,12 +171,12 @@ impl Checker<'_> {
                 format!("{role}: a step between partitions of {} elements, a row has {row}", a.dims[0].0),
             );
         }
-        let fits = match n {
-            _ if dma || free_start => true,
-            ..=32 => start % 32 == 0,
-            ..=64 => start % 64 == 0,
-            _ => start == 0,
+        let step = match n {
+            ..=32 => 32,
+            33..=64 => 64,
+            _ => PARTITIONS,
         };
+        let fits = dma || free_start || start.is_multiple_of(step);
         if fits { Ok(()) } else { fault(Rule::Operand, format!("{role}: {n} partitions cannot start at {start}")) }
     }
 
@@ -312,7 +312,8 @@ impl Checker<'_> {
         let start = tensor.address.map_or(0, |(_, byte)| byte) + a.offset * size % tensor.row_bytes.max(1);
         let span: usize = a.dims[1..].iter().map(|(stride, n)| stride * (n - 1)).sum();
         let last = start + (span + 1) * size - 1;
-        if start / PSUM_BANK_BYTES == last / PSUM_BANK_BYTES {
+        let bank = self.target.chip().psum_bank_bytes;
+        if start / bank == last / bank {
             return Ok(());
         }
         fault(Rule::Operand, format!("{}: bytes {start}..={last} of a partition cross PSUM banks", self.role(slot)))

@@ -6,9 +6,7 @@ use super::check;
 use super::dtype::Dtype;
 use super::fault::{Result, Rule, fault};
 use super::op;
-use super::program::{
-    Access, Buffer, Dynamic, Engine, Instruction, PARTITIONS, PSUM_BYTES, Port, Program, Source, Target, Tensor,
-};
+use super::program::{Access, Buffer, Dynamic, Engine, Instruction, PARTITIONS, Port, Program, Source, Target, Tensor};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -223,7 +221,7 @@ impl Program {
                 }
             }
         }
-        for (buffer, capacity) in [(Buffer::Sbuf, self.target.sbuf_bytes()), (Buffer::Psum, PSUM_BYTES)] {
+        for (buffer, capacity) in [(Buffer::Sbuf, self.target.sbuf_bytes()), (Buffer::Psum, self.target.psum_bytes())] {
             // Tensors placed by the kernel share their bytes knowingly; the others need room of their own.
             let mut changes = vec![];
             for (tensor, life) in self.tensors.iter().zip(&lives) {
@@ -318,7 +316,7 @@ fn load_tensor(raw: RawTensor, target: Target, bytes_left: usize) -> Result<Tens
         return fault(Rule::Limit, format!("shape {:?} has no element or more than {bytes_left} bytes", raw.shape));
     };
     let (rows, row_bytes) = if buffer.on_chip() { (raw.shape[0], bytes / raw.shape[0]) } else { (1, bytes) };
-    let capacity = if buffer == Buffer::Psum { PSUM_BYTES } else { target.sbuf_bytes() };
+    let capacity = if buffer == Buffer::Psum { target.psum_bytes() } else { target.sbuf_bytes() };
     if buffer.on_chip() {
         if raw.shape.len() < 2 || rows > PARTITIONS || row_bytes > capacity {
             return fault(

@@ -7,7 +7,7 @@
 use super::check;
 use super::dtype::Dtype;
 use super::fault::{Result, Rule, fault};
-use super::program::{Access, Buffer, PARTITIONS, PSUM_BYTES, Program, Tensor};
+use super::program::{Access, Buffer, PARTITIONS, Program, Tensor};
 
 /// No tensor has written the byte.
 const NOBODY: u16 = 0;
@@ -163,7 +163,7 @@ impl Memory {
                 }
                 Some((partition, byte)) => {
                     let psum = tensor.buffer == Buffer::Psum;
-                    let row = if psum { PSUM_BYTES } else { program.target.sbuf_bytes() };
+                    let row = if psum { program.target.psum_bytes() } else { program.target.sbuf_bytes() };
                     let space = *physical[usize::from(psum)].get_or_insert_with(|| {
                         memory.spaces.push(Space::new(PARTITIONS * row, psum));
                         memory.spaces.len() - 1

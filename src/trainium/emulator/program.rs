@@ -3,13 +3,9 @@
 
 use super::dtype::Dtype;
 use super::op::Op;
+use crate::trainium::Chip;
 
-/// Partitions of SBUF and PSUM.
-pub(super) const PARTITIONS: usize = 128;
-/// Bytes of one PSUM bank in one partition.
-pub(super) const PSUM_BANK_BYTES: usize = 2048;
-/// Bytes of PSUM in one partition: 8 banks.
-pub(super) const PSUM_BYTES: usize = 8 * PSUM_BANK_BYTES;
+pub(super) use crate::trainium::layout::PARTITIONS;
 
 /// The device a program is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,13 +38,23 @@ impl Target {
         }
     }
 
-    /// Bytes of SBUF in one partition (AWS NKI architecture guides: 24, 28 and 32 MiB over 128 partitions).
-    pub fn sbuf_bytes(self) -> usize {
+    /// The documented constants of its chip.
+    pub const fn chip(self) -> Chip {
         match self {
-            Target::Trn1 => 192 * 1024,
-            Target::Trn2 => 224 * 1024,
-            Target::Trn3 => 256 * 1024,
+            Target::Trn1 => Chip::trn1(),
+            Target::Trn2 => Chip::trn2(),
+            Target::Trn3 => Chip::trn3(),
         }
+    }
+
+    /// Bytes of SBUF in one partition.
+    pub(super) fn sbuf_bytes(self) -> usize {
+        self.chip().sbuf_partition_bytes
+    }
+
+    /// Bytes of PSUM in one partition.
+    pub(super) fn psum_bytes(self) -> usize {
+        self.chip().psum_banks * self.chip().psum_bank_bytes
     }
 }
 
