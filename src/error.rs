@@ -123,6 +123,11 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// A device program was refused or stopped.
+    Program {
+        /// Where and why.
+        problem: String,
+    },
     /// The operating system refused.
     Io {
         /// The path.
@@ -174,6 +179,7 @@ impl fmt::Display for Error {
             Error::Unsupported { what, because } => write!(f, "{what} is not supported: {because}"),
             Error::OutOfPages { needed, free } => write!(f, "kv pool: {needed} pages needed, {free} free"),
             Error::Checkpoint { at, problem } => write!(f, "{at}: {problem}"),
+            Error::Program { problem } => write!(f, "{problem}"),
             Error::Io { path, message, .. } => write!(f, "{path}: {message}"),
         }
     }

@@ -45,6 +45,7 @@ class Program:
         self.counters = Counters()
         self.accumulators: dict[str, np.ndarray | None] = {"vector": None, "scalar": None}
         self.random: dict[str, np.random.Generator] = {}
+        self.data_dependent = False  # a loop's length came from a register: the instruction list holds for this data only
         self._physical: dict[MemoryRegion, Physical] = {}
         self._shared_seen = 0
 

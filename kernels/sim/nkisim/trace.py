@@ -32,15 +32,18 @@ class OperandRef:
     @staticmethod
     def of(t: NkiTensor) -> OperandRef:
         """Describe a view."""
-        dynamic = None
-        if t.dynamic is not None:
+        dynamic, offset = None, t.offset
+        source = None if t.dynamic is None else t.dynamic.source
+        if isinstance(source, VirtualRegister) and source.frozen:
+            offset += source.value() * t.dynamic.scale  # a loop's register: this instruction is one turn of it
+        elif source is not None:
             dynamic = {"kind": t.dynamic.kind, "scale": t.dynamic.scale, "extent": t.dynamic.extent}
-            if isinstance(t.dynamic.source, VirtualRegister):
-                dynamic["register"] = t.dynamic.source.id
+            if isinstance(source, VirtualRegister):
+                dynamic["register"] = source.id
             else:
-                dynamic["index"] = OperandRef.of(t.dynamic.source)
+                dynamic["index"] = OperandRef.of(source)
         pattern = tuple(zip(t.strides, t.shape, strict=True))
-        return OperandRef(t.storage.id, str(t.dtype), t.offset, pattern, dynamic)
+        return OperandRef(t.storage.id, str(t.dtype), offset, pattern, dynamic)
 
     def as_dict(self) -> dict:
         """Plain data for export."""
@@ -89,7 +92,7 @@ def plain(value):
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, VirtualRegister):
-        return {"register": value.id}
+        return value.value() if value.frozen else {"register": value.id}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):

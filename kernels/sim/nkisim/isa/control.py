@@ -84,7 +84,10 @@ def register_store(dst, src):
 
 def bound(value, role: str) -> int:
     """A loop bound: an int or a register."""
-    return value.value() if isinstance(value, VirtualRegister) else legal.integer(value, role)
+    if not isinstance(value, VirtualRegister):
+        return legal.integer(value, role)
+    program.current().data_dependent = True
+    return value.value()
 
 
 def fori_loop(lo, hi, body, step=1):
@@ -99,6 +102,7 @@ def fori_loop(lo, hi, body, step=1):
 def while_loop(reg, body):
     """Run `body(register)` while the register is not zero; the body returns the next condition register."""
     condition = _register(reg, "reg")
+    program.current().data_dependent = True
     while condition:
         condition = body(condition)
         if not isinstance(condition, VirtualRegister):

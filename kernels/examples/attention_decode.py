@@ -1,0 +1,52 @@
+"""Examples of attention_decode: every cache dtype, ragged lengths with an empty page-table tail, sinks, a window."""
+
+import sys
+
+import ml_dtypes
+import numpy as np
+from trace import KERNELS, Example
+
+sys.path.append(str(KERNELS / "tests"))
+
+from attention_bounds import bound  # noqa: E402
+from attention_decode_ref import attention_decode_parts  # noqa: E402
+
+BF16 = ml_dtypes.bfloat16
+# name: target, cache dtype, HQ, HKV, D, page_size, max_pages, context_lens, sinks, window
+CASES = {
+    "bf16": ("trn2", BF16, 8, 2, 64, 16, 9, (140, 33), True, 0),
+    "bf16_window": ("trn3", BF16, 6, 3, 32, 8, 20, (157, 1), False, 40),
+    "fp8_ieee": ("trn2", ml_dtypes.float8_e4m3, 8, 4, 64, 16, 9, (144, 17), True, 0),
+    "fp8_fn": ("trn3", ml_dtypes.float8_e4m3fn, 8, 4, 64, 16, 9, (130, 20), False, 64),
+}
+
+
+def examples() -> list[Example]:
+    """One for each case."""
+    return [_example(name, i) for i, name in enumerate(CASES)]
+
+
+def _example(name: str, seed: int) -> Example:
+    target, dtype, hq, hkv, d, page, pages, lens, with_sinks, window = CASES[name]
+    rng = np.random.default_rng(seed)
+    batch, total = len(lens), len(lens) * pages + 1
+    table = rng.permutation(total)[: batch * pages].reshape(batch, pages).astype(np.int32)
+    for b, n in enumerate(lens):
+        table[b, -(-n // page) :] = -1
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    args = {
+        "q": normal(batch, hq, d).astype(BF16),
+        "k_cache": normal(total, page, hkv, d).astype(dtype),
+        "v_cache": normal(total, page, hkv, d).astype(dtype),
+        "block_table": table,
+        "context_lens": np.array(lens, np.int32),
+        "sinks": 2 * normal(hq) if with_sinks else None,
+        "sm_scale": float(np.float32(d**-0.5)),
+        "window": window,
+    }
+    if dtype != BF16:
+        args |= {"k_scale": np.array([0.7], np.float32), "v_scale": np.array([1.9], np.float32)}
+    out, spread, reach = attention_decode_parts(**args)
+    # Each executor is within the kernel's own bound of the exact result, so two of them are within twice that.
+    apart = 2.0 * bound(out, spread, reach, args["sinks"], d, pages * page, tiles=1 + pages * page // 128)
+    return Example(name, target, "attention_decode.py", "attention_decode", args, (apart,))

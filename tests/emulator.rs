@@ -1,0 +1,62 @@
+//! Every checked-in device program, replayed on the emulator and compared with the simulator that exported it.
+
+#[path = "support/programs.rs"]
+mod programs;
+
+use programs::{all, kernels, values};
+use sha2::{Digest, Sha256};
+use trn_kernels::quant::ScaleRule;
+use trn_kernels::trainium::emulator::Options;
+
+/// Both documented block scales of `quantize_mx`, with the suffix of their outputs.
+const RULES: [(ScaleRule, &str); 2] = [(ScaleRule::Trainium, ""), (ScaleRule::Floor, "@ocp")];
+
+#[test]
+fn every_program_gives_the_simulators_outputs() {
+    let mut compared = 0;
+    for checked in all() {
+        for (scale_rule, suffix) in RULES {
+            let expected = |name: &str| format!("out.{name}{suffix}");
+            if !checked.program.outputs().iter().all(|p| checked.has(&expected(&p.name))) {
+                assert_eq!(scale_rule, ScaleRule::Floor, "{}: the default rule has no outputs", checked.name);
+                continue; // a program without quantize_mx has one set
+            }
+            let got = checked.run(&Options { scale_rule });
+            for (port, got) in checked.program.outputs().iter().zip(got) {
+                let want = checked.bytes(&expected(&port.name));
+                let place = format!("{} {}{suffix}", checked.name, port.name);
+                compared += 1;
+                let Some(bound) = checked.bound(&port.name) else {
+                    assert!(got == want, "{place}: bytes differ");
+                    continue;
+                };
+                let dtype = checked.dtype(port);
+                let (got, want) = (values(dtype, &got), values(dtype, &want));
+                assert_eq!([got.len(), bound.len()], [want.len(); 2], "{place}");
+                for (i, ((g, w), bound)) in got.iter().zip(&want).zip(&bound).enumerate() {
+                    assert!((g - w).abs() <= *bound, "{place}[{i}]: {g}, simulator {w}, bound {bound}");
+                }
+            }
+        }
+    }
+    assert!(compared > 0);
+}
+
+#[test]
+fn no_program_is_older_than_its_kernel() {
+    for checked in all() {
+        assert!(!checked.program.sources().is_empty(), "{}: no sources", checked.name);
+        for (file, sha256) in checked.program.sources() {
+            let text = std::fs::read(kernels().join(file)).unwrap_or_else(|e| panic!("{}: {file}: {e}", checked.name));
+            let now: String = Sha256::digest(&text).iter().map(|b| format!("{b:02x}")).collect();
+            assert_eq!(&now, sha256, "{}: {file} has changed; run `python kernels/trace.py --all`", checked.name);
+        }
+    }
+}
+
+#[test]
+fn a_run_leaves_no_trace_in_the_program() {
+    for checked in all() {
+        assert_eq!(checked.run(&Options::default()), checked.run(&Options::default()), "{}", checked.name);
+    }
+}

@@ -1,0 +1,153 @@
+//! The cost model of programs: documented peaks on ideal streams, overlap by data dependencies, sane figures for our kernels.
+
+#[path = "support/device.rs"]
+mod device;
+#[path = "support/programs.rs"]
+mod programs;
+
+use device::Device;
+use serde_json::json;
+use trn_kernels::trainium::cost::{Cost, estimate};
+use trn_kernels::trainium::emulator::Engine;
+use trn_kernels::trainium::{Chip, MatmulMode};
+
+fn cost(d: &Device, chip: &Chip) -> Cost {
+    estimate(&d.load().unwrap_or_else(|e| panic!("{e}")), chip)
+}
+
+/// Full matmuls that rotate over PSUM banks, from operands that are there already.
+fn stream(target: &'static str, mode: MatmulMode) -> Device {
+    let mut d = Device::new(target);
+    let (s_shape, v_shape, dtype): (&[usize], &[usize], &str) = match mode {
+        MatmulMode::Bf16 => (&[128, 128], &[128, 512], "bfloat16"),
+        MatmulMode::Fp8DoubleRow => (&[128, 2, 128], &[128, 2, 512], "float8_e5m2"),
+        MatmulMode::Mx => (&[128, 128], &[128, 512], "float4_e2m1fn_x4"),
+        other => panic!("{other:?}"),
+    };
+    let (s, v) = (d.tensor("sbuf", dtype, s_shape), d.tensor("sbuf", dtype, v_shape));
+    let banks: Vec<usize> = (0..8).map(|_| d.tensor("psum", "float32", &[128, 512])).collect();
+    let mut reads = vec![("stationary", s), ("moving", v)];
+    if mode == MatmulMode::Mx {
+        reads.push(("stationary_scale", d.tensor("sbuf", "uint8", &[128, 128])));
+        reads.push(("moving_scale", d.tensor("sbuf", "uint8", &[128, 512])));
+    }
+    let name = if mode == MatmulMode::Mx { "nc_matmul_mx" } else { "nc_matmul" };
+    let perf = if mode == MatmulMode::Fp8DoubleRow { "double_row" } else { "none" };
+    for i in 0..400 {
+        let mut attrs = json!({"accumulate": i >= 8});
+        if mode != MatmulMode::Mx {
+            attrs["perf_mode"] = json!(perf);
+        }
+        d.on(name, "tensor", &[("dst", banks[i % 8])], &reads, attrs);
+    }
+    d
+}
+
+#[test]
+fn ideal_streams_run_at_the_documented_peaks() {
+    for (target, chip, mode, tflops) in [
+        ("trn2", Chip::trn2(), MatmulMode::Bf16, 78.6),
+        ("trn2", Chip::trn2(), MatmulMode::Fp8DoubleRow, 157.3),
+        ("trn3", Chip::trn3(), MatmulMode::Bf16, 78.6),
+        ("trn3", Chip::trn3(), MatmulMode::Mx, 314.6),
+    ] {
+        let got = cost(&stream(target, mode), &chip);
+        let rate = got.flops / got.seconds / 1e12;
+        assert!((rate - tflops).abs() < 0.06, "{target} {mode:?}: {rate} TFLOP/s, documented {tflops}");
+        assert!((got.share(Engine::Tensor) - 1.0).abs() < 1e-9 && (got.share_of_roofline() - 1.0).abs() < 1e-9);
+    }
+}
+
+#[test]
+fn a_long_transfer_runs_at_the_cores_bandwidth() {
+    let mut d = Device::new("trn3");
+    for _ in 0..64 {
+        let (hbm, sbuf) = (d.tensor("private_hbm", "uint8", &[128, 4096]), d.tensor("sbuf", "uint8", &[128, 4096]));
+        d.copy(sbuf, hbm);
+    }
+    let chip = Chip::trn3();
+    let got = cost(&d, &chip);
+    let bytes = (64 * 128 * 4096) as f64;
+    assert_eq!(got.hbm_bytes as f64, bytes);
+    let expected = bytes / chip.core_bandwidth() + chip.dma.fixed;
+    assert!((got.seconds - expected).abs() < 1e-12, "{} s, expected {expected}", got.seconds);
+}
+
+#[test]
+fn short_pieces_cost_more_and_not_without_end() {
+    let time = |row: usize| {
+        let mut d = Device::new("trn2");
+        let (hbm, sbuf) = (d.tensor("private_hbm", "uint8", &[128, row]), d.tensor("sbuf", "uint8", &[128, row]));
+        d.copy(sbuf, hbm);
+        (cost(&d, &Chip::trn2()).seconds - Chip::trn2().dma.fixed) / row as f64
+    };
+    let close = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-6;
+    assert!(close(time(2048), time(8192)));
+    assert!(close(time(1024), 2.0 * time(2048)));
+    assert!(close(time(64), 4.0 * time(2048)));
+}
+
+/// Two engines on one tile, or on two.
+fn pair(apart: bool) -> Cost {
+    let mut d = Device::new("trn2");
+    let (a, b) = (d.tensor("sbuf", "float32", &[128, 4096]), d.tensor("sbuf", "float32", &[128, 4096]));
+    d.on("memset", "vector", &[("dst", a)], &[], json!({"value": 1.0}));
+    d.on("memset", "gpsimd", &[("dst", if apart { b } else { a })], &[], json!({"value": 1.0}));
+    cost(&d, &Chip::trn2())
+}
+
+#[test]
+fn engines_overlap_unless_data_keeps_them_apart() {
+    let (one, two) = (pair(false), pair(true));
+    assert_eq!(two.spans[1].start, 0.0);
+    assert_eq!(one.spans[1].start, one.spans[0].ready);
+    assert_eq!((one.critical_path(), two.critical_path()), (vec![0, 1], vec![1]));
+    assert!(one.seconds > two.seconds);
+}
+
+#[test]
+fn reads_do_not_wait_for_reads_and_writes_wait_for_reads() {
+    let mut d = Device::new("trn2");
+    let tiles: Vec<usize> = (0..3).map(|_| d.tensor("sbuf", "float32", &[128, 4096])).collect();
+    d.on("tensor_copy", "vector", &[("dst", tiles[1])], &[("src", tiles[0])], json!({}));
+    d.on("tensor_copy", "scalar", &[("dst", tiles[2])], &[("src", tiles[0])], json!({}));
+    d.on("memset", "gpsimd", &[("dst", tiles[0])], &[], json!({"value": 1.0}));
+    let got = cost(&d, &Chip::trn2());
+    assert_eq!(got.spans[1].start, 0.0);
+    assert_eq!(got.spans[2].start, got.spans[0].ready.max(got.spans[1].ready));
+}
+
+#[test]
+fn halves_of_a_tile_are_apart() {
+    let mut d = Device::new("trn2");
+    let tile = d.tensor("sbuf", "float32", &[128, 64]);
+    let half = |first: usize| json!([tile, "float32", first, [[64, 128], [1, 32]]]);
+    d.op("memset", "vector", &[("dst", half(0))], &[], json!({"value": 1.0}));
+    d.op("memset", "gpsimd", &[("dst", half(32))], &[], json!({"value": 1.0}));
+    assert_eq!(cost(&d, &Chip::trn2()).spans[1].start, 0.0);
+}
+
+#[test]
+fn every_program_has_a_cost_no_better_than_its_bounds() {
+    for checked in programs::all() {
+        let chip = checked.program.target().chip();
+        let got = estimate(&checked.program, &chip);
+        assert_eq!(got.spans.len(), checked.program.instructions().len());
+        assert!(got.seconds.is_finite() && got.seconds > 0.0, "{}", checked.name);
+        assert!(got.share_of_roofline() <= 1.0 + 1e-9, "{}: {got}", checked.name);
+        for engine in Engine::ALL {
+            assert!((0.0..=1.0 + 1e-9).contains(&got.share(engine)), "{}: {got}", checked.name);
+        }
+        let path = got.critical_path();
+        assert!(path.windows(2).all(|w| w[0] < w[1]), "{}", checked.name);
+        let faster = Chip { hbm_bandwidth: 1e15, ..chip.clone() };
+        assert!(estimate(&checked.program, &faster).seconds <= got.seconds, "{}", checked.name);
+    }
+}
+
+#[test]
+fn the_report_says_what_it_is() {
+    let text = pair(true).to_string();
+    assert!(text.contains("not measured") && text.contains("vector") && text.contains("gpsimd"), "{text}");
+    assert!(!text.contains("tensor "), "{text}");
+}
