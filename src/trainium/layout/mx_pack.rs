@@ -1,8 +1,8 @@
 //! Packing into `mx-quads/1` and back.
 #![forbid(unsafe_code)]
 
-use super::mx::{GROUP, GROUPS, MxElement, MxLayout, MxPlace, MxScalePlace};
-use super::words::{QUADRANTS, strips};
+use super::mx::{GROUP, MxElement, MxLayout, MxPlace, MxScalePlace, TILE_GROUPS};
+use super::words::strips;
 use super::{ColumnOrder, GateUp, check_name, check_weight, filled};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
@@ -43,10 +43,10 @@ impl MxLayout {
         self.words.pack(self.columns(), parallelism, data, &mut rows, |rows, piece, bytes| {
             let Some(n) = piece.channel else { return bytes.fill(0) };
             w.copy_codes(n, piece.first, bytes);
-            let mut groups = [ONE; GROUPS];
+            let mut groups = [ONE; TILE_GROUPS];
             w.copy_block_scales(n, piece.first / GROUP, &mut groups);
             for (group, scale) in groups.into_iter().enumerate() {
-                rows[self.scale_row(piece.tile, piece.quadrant, group)][piece.column] = scale;
+                rows[self.scale_row(piece.tile, group)][piece.column] = scale;
             }
         })
     }
@@ -151,9 +151,8 @@ impl PackedMx {
             for (n, row) in block_scales.chunks_exact_mut(k / GROUP).enumerate() {
                 let column = columns.column(n).unwrap_or_default();
                 for (group, scale) in row.iter_mut().enumerate() {
-                    let (tile, quadrant) = (group / (QUADRANTS * GROUPS), group / GROUPS % QUADRANTS);
-                    *scale =
-                        self.scales[self.layout.scale_row(tile, quadrant, group % GROUPS) * columns.count() + column];
+                    let row = self.layout.scale_row(group / TILE_GROUPS, group % TILE_GROUPS);
+                    *scale = self.scales[row * columns.count() + column];
                 }
             }
         }
