@@ -7,7 +7,7 @@ use super::{ColumnOrder, GateUp, check_name, check_weight, filled};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
 use crate::num::E8M0;
-use crate::quant::{GlobalScale, QuantizedExperts, QuantizedMatrix, QuantizedMatrixBuf, Scheme};
+use crate::quant::{GlobalScale, QuantizedExperts, QuantizedMatrix, QuantizedMatrixBuf, Scheme, finite};
 
 /// The scale of padding and of weights without block scales.
 const ONE: u8 = E8M0::ONE.to_bits();
@@ -83,7 +83,7 @@ impl PackedMx {
     /// `outer_scales`: none for MX schemes, `[1]` per tensor, `[C]` per channel.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for another layout or version; [`Error::Length`].
+    /// [`Error::Unsupported`] for another layout or version; [`Error::Length`]; [`Error::Value`] for a scale that is not finite.
     pub fn from_parts(
         name: &str,
         layout: MxLayout,
@@ -100,6 +100,7 @@ impl PackedMx {
             _ => 0,
         };
         length("f32 scales", outer_scales.len(), needed)?;
+        finite("f32 scales", &outer_scales)?;
         Ok(PackedMx { layout, data, scales, outer_scales })
     }
 

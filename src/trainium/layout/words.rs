@@ -259,10 +259,10 @@ mod tests {
         }
         let mut out = [[[0u8; 8]; L]; SIDE];
         transpose(source.each_ref(), &mut out);
-        for i in 0..SIDE {
-            for j in 0..SIDE {
-                let from = &source[i].as_flattened()[j * word..][..word];
-                assert_eq!(from, &out[j].as_flattened()[i * word..][..word], "{word} bytes, ({i}, {j})");
+        for (i, from) in source.iter().enumerate() {
+            for (j, to) in out.iter().enumerate() {
+                let from = &from.as_flattened()[j * word..][..word];
+                assert_eq!(from, &to.as_flattened()[i * word..][..word], "{word} bytes, ({i}, {j})");
             }
         }
     }
