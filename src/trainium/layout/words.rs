@@ -250,10 +250,10 @@ mod tests {
         }
         let mut out = [[[0u8; 8]; L]; SIDE];
         transpose(&source, &mut out);
-        for i in 0..SIDE {
-            for j in 0..SIDE {
-                let from = &source[i].as_flattened()[j * word..][..word];
-                assert_eq!(from, &out[j].as_flattened()[i * word..][..word], "{word} bytes, ({i}, {j})");
+        for (i, from) in source.iter().enumerate() {
+            for (j, to) in out.iter().enumerate() {
+                let (from, to) = (&from.as_flattened()[j * word..][..word], &to.as_flattened()[i * word..][..word]);
+                assert_eq!(from, to, "{word} bytes, ({i}, {j})");
             }
         }
     }
