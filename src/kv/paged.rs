@@ -39,12 +39,16 @@ impl KvShape {
 
     /// Bytes of codes and of block scales of K (`head_dim_qk`) or V (`head_dim_vo`).
     pub(crate) fn plane_bytes(&self, head_dim: usize) -> Result<(usize, usize)> {
-        let vectors = self.num_pages.checked_mul(self.page_size).and_then(|n| n.checked_mul(self.num_kv_heads));
-        let codes = self.format.code_bytes(head_dim);
-        let bytes = vectors
-            .zip(codes)
-            .and_then(|(n, codes)| Some((n.checked_mul(codes)?, n.checked_mul(self.format.scale_bytes(head_dim))?)));
-        bytes.ok_or(Error::Overflow { operand: "kv cache".into() })
+        let bytes = || {
+            let slots = self.num_pages.checked_mul(self.page_size)?;
+            // A token's bytes by themselves: they must fit also where there is no page.
+            let codes = self.num_kv_heads.checked_mul(self.format.code_bytes(head_dim)?)?;
+            let scales = self.num_kv_heads.checked_mul(self.format.scale_bytes(head_dim))?;
+            // Vectors are numbered over all heads.
+            slots.checked_mul(self.num_kv_heads)?;
+            Some((slots.checked_mul(codes)?, slots.checked_mul(scales)?))
+        };
+        bytes().ok_or(Error::Overflow { operand: "kv cache".into() })
     }
 
     /// Bytes of one head vector's codes and block scales; fits because [`KvShape::check`] passed.

@@ -185,8 +185,6 @@ impl Cpu<'_> {
                 because: format!("the canonical sum takes steps of {STEP}: tiles must be a multiple of it"),
             });
         }
-        // Kernels round n up to whole panels.
-        w.n().checked_next_multiple_of(LANES).ok_or(Error::Overflow { operand: "packed weights".into() })?;
         let panels = w.n().div_ceil(LANES);
         let steps = w.k().div_ceil(STEP);
         let panel = mul("packed weights", steps, record_bytes(scheme))?;

@@ -1,6 +1,6 @@
 //! Attention over any spec, ragged batch, page table and cache.
 
-use crate::{EXTENTS, NUMBERS, about, number, survives};
+use crate::{EXTENTS, NUMBERS, about, cpus, number, survives};
 use proptest::prelude::*;
 use trn_kernels::attention::{
     AttentionOut, AttentionSpec, PartialState, Queries, RaggedKv, apply_sinks, merge_states, oracle, plan_decode,
@@ -203,9 +203,10 @@ proptest! {
             indptr: &b.kv.1,
         };
         let mut ws = Workspace::new();
-        let result = attend(format_args!("prefill"), (b.q.0, &spec, b.lse), |out| {
-            Cpu::detect().prefill(&spec, queries, kv, out, &mut ws)
+        let [result, threaded] = cpus().map(|cpu| {
+            attend(format_args!("prefill"), (b.q.0, &spec, b.lse), |out| cpu.prefill(&spec, queries, kv, out, &mut ws))
         });
+        prop_assert_eq!(&result, &threaded);
         let right = |(total, indptr): &(usize, Vec<usize>)| {
             indptr[0] == 0 && indptr.is_sorted() && indptr.last() == Some(total)
         };

@@ -25,7 +25,9 @@ fn caches_of_any_extents() {
         let _ = survives(format_args!("{format:?}"), || (format.block(), format.has_scale()));
         for num_pages in EXTENTS {
             for page_size in EXTENTS {
-                for (heads, dim) in [(0, 1), (1, 0), (1, 32), (2, 33), (usize::MAX, 32), (1, usize::MAX - 31)] {
+                for (heads, dim) in
+                    [(0, 1), (1, 0), (1, 32), (2, 33), (usize::MAX, 32), (1, usize::MAX - 31), (1 << 31, 1 << 40)]
+                {
                     let shape = KvShape {
                         format,
                         num_pages,
@@ -111,6 +113,16 @@ fn pool_misuse() {
     // Another pool: other page sizes are refused, pages it never gave out too.
     let mut other = KvPool::new(KvConfig::new(KvFormat::Bf16, 1, 1, 8, 1, 16)).unwrap();
     assert!(sequence.grow(&mut other, 1).is_err() && sequence.truncate(&mut other, 0).is_err());
+    // A table of both, or of none, is no table; nor is what is left after such a refusal.
+    let foreign = KvSequence::new(&other);
+    assert!(survives(format_args!("from_sequences"), || PageTable::from_sequences([&sequence, &foreign])).is_err());
+    assert!(survives(format_args!("from_sequences"), || PageTable::from_sequences([])).is_err());
+    let mut table = PageTable::from_sequences([&sequence]).unwrap();
+    assert!(survives(format_args!("refill"), || table.refill([&sequence, &foreign])).is_err());
+    assert_eq!((table.num_sequences(), table.seq_len(0), table.pages(0).len()), (0, 0, 0));
+    let none = HeadsRef::<f32>::new(&[], 0, 2, 16).unwrap();
+    assert!(survives(format_args!("append_kv"), || append_kv(&mut pool, 0, &table, &[0, 0], none, none)).is_err());
+    assert!(survives(format_args!("free"), || foreign.free(&mut pool)).is_err());
     let mut twin = KvPool::new(KvConfig::new(KvFormat::Bf16, 1, 1, 4, 1, 16)).unwrap();
     assert!(survives(format_args!("truncate"), || sequence.truncate(&mut twin, 0)).is_err());
     assert_eq!(sequence.len(), 5);

@@ -10,11 +10,13 @@ mod layer;
 mod matmul;
 mod num;
 mod quant;
+mod trainium;
 mod views;
 
 use proptest::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use trn_kernels::Result;
+use std::sync::LazyLock;
+use trn_kernels::{Cpu, Parallelism, Result};
 
 /// Extents a slice can back, then extents none can: sums, products and round-ups of the latter leave `usize`.
 const EXTENTS: [usize; 14] = [
@@ -75,6 +77,13 @@ fn untouched<T>(name: std::fmt::Arguments<'_>, len: usize, call: impl FnOnce(&mu
         assert!(out.iter().all(|x| *x == -7.25), "{name} was refused and wrote all the same");
     }
     result
+}
+
+/// Serial, and over three threads.
+fn cpus() -> [Cpu<'static>; 2] {
+    static POOL: LazyLock<rayon::ThreadPool> =
+        LazyLock::new(|| rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("three threads"));
+    [Cpu::detect(), Cpu::baseline().with_parallelism(Parallelism::Pool(&POOL))]
 }
 
 /// Ordinary numbers, and now and then one of [`NUMBERS`].

@@ -115,9 +115,10 @@ pub struct MxScalePlace {
 }
 
 impl MxScalePlace {
-    /// The SBUF partition that the row is loaded to: the first 16 rows of each quadrant of 32 are live.
+    /// The SBUF partition that the row is loaded to: the first 16 rows of each quadrant of 32 are live. Above 127 for a row above
+    /// 63, which no layout has.
     pub const fn partition(self) -> usize {
-        self.row / LIVE * QUADRANT + self.row % LIVE
+        (self.row / LIVE).saturating_mul(QUADRANT).saturating_add(self.row % LIVE)
     }
 }
 
