@@ -22,9 +22,9 @@ fn executable() -> &'static Path {
             .unwrap();
         assert!(build.status.success(), "{}", String::from_utf8_lossy(&build.stderr));
         let messages = String::from_utf8(build.stdout).unwrap();
-        let built = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let of_example = built.filter(|m| m["target"]["name"] == "generate" && m["executable"].is_string());
-        of_example.filter_map(|m| m["executable"].as_str().map(PathBuf::from)).last().expect("an executable")
+        let mut built = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let example = built.find(|m| m["target"]["name"] == "generate" && m["executable"].is_string());
+        example.and_then(|m| m["executable"].as_str().map(PathBuf::from)).expect("an executable")
     })
 }
 
