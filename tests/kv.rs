@@ -269,7 +269,7 @@ fn refusals_of_page_tables() {
     let block = |table: &[i32], pages, lens: &[usize]| {
         PageTable::from_block_table(4, table, pages, lens).unwrap_err().to_string()
     };
-    assert_eq!(block(&[0, -1], 2, &[5]), "block table[1]: index -1 is out of range, needed 0 <= index < 2147483647");
+    assert_eq!(block(&[0, -1], 2, &[5]), "block table[1]: index -1 is out of range, needed 0 <= index < 2147483648");
     assert_eq!(block(&[0, 1], 2, &[9]), "block table row 0: axis max_pages is 2, needed 3");
     assert_eq!(block(&[0, 1], 3, &[9]), "block table: the slice has 2 elements, its extents need 3");
     let table = PageTable::from_block_table(4, &[7, -1, 2, 3], 2, &[4, 5]).unwrap();

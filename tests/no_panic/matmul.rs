@@ -97,7 +97,9 @@ fn nothing_of_anything() {
         }
         for value in NUMBERS {
             let expected = Expected { value: value.into(), bound: x.into() };
-            assert_eq!(expected.admits(f64::NAN), value.is_nan());
+            // An unbounded error of a finite value is an overflow on the way, which may end as NaN.
+            let overflows = x == f32::INFINITY && value.is_finite();
+            assert_eq!(expected.admits(f64::NAN), value.is_nan() || overflows);
         }
     }
     let a = Activations::from(MatRef::<f32>::new(&[], usize::MAX, 0).unwrap());
