@@ -5,7 +5,7 @@
 use half::{bf16, f16};
 use trn_kernels::num::{
     E8M0, F4E2M1x2, F8E3M4, F8E4M3Fn, F8E4M3Ieee, F8E5M2, Format, Fp8, Overflow, Real, Specials, bf16_from_f64,
-    decode_slice, encode_slice, halve_for_ieee, to_ieee,
+    decode_fp4_slice, decode_slice, encode_fp4_slice, encode_slice, halve_for_ieee, to_ieee,
 };
 
 /// A format spelled out in f64: the magnitudes of its codes in ascending order, and what lies beyond.
@@ -197,6 +197,41 @@ fn slices_of<T: Real>(all: impl Fn() -> Vec<T>) {
             assert!(got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()), "{fp8:?} {code:#x}");
         }
     }
+}
+
+/// Slices of `T` through FP4: every number among them in pairs, and every byte.
+fn fp4_slices_of<T: Real>(all: impl Fn() -> Vec<T>) {
+    let r = references().into_iter().find(|r| r.format == Format::E2M1).unwrap();
+    let mut x: Vec<T> = all().into_iter().filter(|x| !x.to_f32().is_nan()).collect();
+    x.truncate(x.len() / 2 * 2);
+    let mut bytes = vec![0; x.len() / 2];
+    encode_fp4_slice(&x, &mut bytes).unwrap();
+    for (i, x) in x.iter().enumerate() {
+        let code = bytes[i / 2] >> (4 * (i % 2)) & 15;
+        assert_eq!(Some(code), r.encode(f64::from(x.to_f32()), Overflow::Saturate), "{x:?}");
+    }
+    let bytes: Vec<u8> = (0..=255).collect();
+    let mut values = vec![T::default(); 512];
+    decode_fp4_slice(&bytes, &mut values).unwrap();
+    for (i, value) in values.iter().enumerate() {
+        let code = bytes[i / 2] >> (4 * (i % 2)) & 15;
+        assert_eq!(f64::from(value.to_f32()).to_bits(), r.decode(code).to_bits(), "{code:#x}");
+    }
+}
+
+#[test]
+fn fp4_slices() {
+    fp4_slices_of(|| (0..=u16::MAX).map(bf16::from_bits).collect());
+    fp4_slices_of(|| (0..=u16::MAX).map(f16::from_bits).collect());
+    fp4_slices_of(|| (0..1 << 20).map(|i: u32| f32::from_bits(i.wrapping_mul(4097))).collect());
+    let mut bytes = [0xAA; 2];
+    let error = encode_fp4_slice(&[1.0, 2.0, f32::NAN, 4.0], &mut bytes).unwrap_err();
+    assert_eq!(error.to_string(), "encode input[2]: got NaN, needed a number: FP4 has no NaN");
+    let error = encode_fp4_slice(&[1.0f32; 3], &mut bytes).unwrap_err();
+    assert_eq!(error.to_string(), "encode input: the slice has 3 elements, its extents need 4");
+    assert_eq!(bytes, [0xAA; 2]);
+    let error = decode_fp4_slice(&bytes, &mut [0.0f32; 3]).unwrap_err();
+    assert_eq!(error.to_string(), "decode output: the slice has 3 elements, its extents need 4");
 }
 
 #[test]

@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 use super::format::Overflow;
+use super::fp4::F4E2M1x2;
 use super::fp8::Fp8;
-use crate::error::{Result, length};
+use crate::error::{Error, Result, length, mul};
 use half::{bf16, f16};
 
 /// A plain floating-point type that activations and outputs come in: `f32`, [`bf16`] or [`f16`](struct@f16).
@@ -105,6 +106,39 @@ pub fn encode_slice<T: Real>(format: Fp8, x: &[T], overflow: Overflow, codes: &m
     let facts = format.format();
     for (code, &x) in codes.iter_mut().zip(x) {
         *code = facts.encode(x.to_f32(), overflow);
+    }
+    Ok(())
+}
+
+/// FP4 codes, two to a byte ([`F4E2M1x2`]: element 0 in the low nibble), to values. Every value is exact in f32, bf16 and f16.
+///
+/// # Errors
+/// [`Error::Length`](crate::Error::Length) unless `out` holds two elements for each byte.
+pub fn decode_fp4_slice<T: Real>(pairs: &[u8], out: &mut [T]) -> Result<()> {
+    length("decode output", out.len(), mul("decode output", pairs.len(), 2)?)?;
+    for (y, pair) in out.as_chunks_mut::<2>().0.iter_mut().zip(pairs) {
+        *y = F4E2M1x2::from_bits(*pair).to_f32().map(T::from_f32);
+    }
+    Ok(())
+}
+
+/// Values to the nearest FP4 codes, two to a byte as [`decode_fp4_slice`] reads them, ties to even, saturating, each rounded once from its exact source value.
+///
+/// # Errors
+/// [`Error::Length`] unless `x` holds two elements for each byte; [`Error::Value`] naming the first NaN, which FP4 cannot say.
+/// Nothing is written then.
+pub fn encode_fp4_slice<T: Real>(x: &[T], pairs: &mut [u8]) -> Result<()> {
+    length("encode input", x.len(), mul("encode input", pairs.len(), 2)?)?;
+    if let Some(at) = x.iter().position(|x| x.to_f32().is_nan()) {
+        return Err(Error::Value {
+            operand: "encode input".into(),
+            at,
+            got: "NaN".into(),
+            needed: "a number: FP4 has no NaN",
+        });
+    }
+    for (pair, x) in pairs.iter_mut().zip(x.as_chunks::<2>().0) {
+        *pair = F4E2M1x2::from_f32(x.map(T::to_f32)).unwrap_or_default().to_bits();
     }
     Ok(())
 }

@@ -13,7 +13,9 @@ pub mod math;
 
 pub use bridge::{BridgeReport, halve_for_ieee, to_ieee};
 pub(crate) use convert::rounded;
-pub use convert::{Real, RealSlice, RealSliceMut, bf16_from_f64, decode_slice, encode_slice};
+pub use convert::{
+    Real, RealSlice, RealSliceMut, bf16_from_f64, decode_fp4_slice, decode_slice, encode_fp4_slice, encode_slice,
+};
 pub use e8m0::E8M0;
 pub use format::{Format, Overflow, Specials};
 pub use fp4::F4E2M1x2;

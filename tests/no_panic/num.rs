@@ -4,8 +4,8 @@ use crate::{NUMBERS, survives};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use trn_kernels::num::{
-    E8M0, F4E2M1x2, F8E4M3Fn, Format, Fp8, Overflow, bf16_from_f64, decode_slice, encode_slice, halve_for_ieee, math,
-    to_ieee,
+    E8M0, F4E2M1x2, F8E4M3Fn, Format, Fp8, Overflow, bf16_from_f64, decode_fp4_slice, decode_slice, encode_fp4_slice,
+    encode_slice, halve_for_ieee, math, to_ieee,
 };
 
 const FORMATS: [Format; 7] =
@@ -86,6 +86,12 @@ proptest! {
         let result = survives(format_args!("encode_slice"), || encode_slice(format, &x, Overflow::Saturate, &mut to));
         prop_assert_eq!(result.is_ok(), len == codes.len());
         prop_assert!(result.is_ok() || to == codes);
+        let result = survives(format_args!("decode_fp4_slice"), || decode_fp4_slice(&codes, &mut out));
+        prop_assert_eq!(result.is_ok(), len == 2 * codes.len());
+        let before = to.clone();
+        let result = survives(format_args!("encode_fp4_slice"), || encode_fp4_slice(&x, &mut to));
+        prop_assert_eq!(result.is_ok(), len == 0 && codes.is_empty());
+        prop_assert!(to == before, "NaN was written");
         for bridge in [to_ieee, halve_for_ieee] {
             let report = survives(format_args!("bridge"), || bridge(&mut to));
             prop_assert_eq!(report.exact + report.rounded + report.overflowed, codes.len());
