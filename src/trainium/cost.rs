@@ -5,7 +5,8 @@
 //! [`Chip`]:
 //!
 //! * TensorE: a matmul of N moving columns takes `max(N, 64)` cycles (four times that for f32), or the loading of its
-//!   stationary operand if that is longer: the load overlaps the matmul before it.
+//!   stationary operand if that is longer: the load overlaps the matmul before it. A transpose is a matmul of its rows; that
+//!   NeuronCore-v4 runs transposes behind other matmuls is not modelled.
 //! * VectorE, ScalarE, GpSimdE: elements of the widest operand in one partition over the engine's elements a cycle, twice for
 //!   two input tiles, at least the issue interval; a result can be used some cycles later (`small`). `quantize_mx` takes four
 //!   input elements a cycle, VectorE's `reciprocal` eight cycles an element, its `exponential` a quarter of ScalarE's time.
@@ -242,8 +243,8 @@ impl Model<'_> {
         let find = |role: &str| instruction.operands().iter().find(|o| o.role == role).map(|o| &o.access);
         if let Some(data) = find("data") {
             // A transpose: the data is stationary and an identity of its partitions moves past it.
-            let mode = if data.dtype.size() == 4 { MatmulMode::F32 } else { MatmulMode::Bf16 };
-            let cycles = tensor.moving_cycles(mode, data.partitions()).max(tensor.load_cycles(data.free()));
+            let cycles = tensor.transpose_cycles(data.dtype.size() == 4, data.partitions());
+            let cycles = cycles.max(tensor.load_cycles(data.free()));
             return cycles / tensor.clock;
         }
         let (Some(dst), Some(stationary), Some(moving)) = (find("dst"), find("stationary"), find("moving")) else {
