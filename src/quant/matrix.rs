@@ -488,7 +488,20 @@ impl<'a> QuantizedMatrix<'a> {
 
     /// Code bytes of as many elements as `out` has room for, from the even element `first` of a row, in
     /// [`NibbleOrder::Interleaved`] order, zero past k.
+    #[inline]
     pub(crate) fn copy_codes(&self, row: usize, first: usize, out: &mut [u8]) {
+        let planar = self.nibbles == NibbleOrder::Interleaved;
+        if planar && first + out.len() * 8 / self.scheme.bits() <= self.k {
+            // Planar: a row's codes are contiguous whatever the block.
+            let start = row * self.codes.row + self.scheme.code_bytes(first);
+            out.copy_from_slice(&self.codes.data[start..start + out.len()]);
+        } else {
+            self.copy_last_codes(row, first, out);
+        }
+    }
+
+    /// As [`QuantizedMatrix::copy_codes`], at the end of a row or in another nibble order.
+    fn copy_last_codes(&self, row: usize, first: usize, out: &mut [u8]) {
         let valid = self.k.saturating_sub(first).min(out.len() * 8 / self.scheme.bits());
         if self.scheme.bits() == 4 && self.nibbles == NibbleOrder::Halves {
             out.fill(0);
@@ -498,7 +511,6 @@ impl<'a> QuantizedMatrix<'a> {
             }
             return;
         }
-        // Planar: a row's codes are contiguous whatever the block.
         let start = row * self.codes.row + self.scheme.code_bytes(first.min(self.k));
         let (codes, pad) = out.split_at_mut(self.scheme.code_bytes(valid));
         codes.copy_from_slice(&self.codes.data[start..start + codes.len()]);
@@ -507,6 +519,7 @@ impl<'a> QuantizedMatrix<'a> {
 
     /// Block scale codes of a row from block `first` on, as many as `out` has room for; what lies past k, or has no block scale,
     /// is left as it was.
+    #[inline]
     pub(crate) fn copy_block_scales(&self, row: usize, first: usize, out: &mut [u8]) {
         if let Scales::E8m0(s) | Scales::Nvfp4 { block: s, .. } = &self.scales {
             let blocks = self.k / self.scheme.block();

@@ -96,7 +96,7 @@ impl TensorEngine {
     /// Floating-point operations a second of an endless stream of full tiles; `None` if the mode does not exist.
     pub fn peak_flops(&self, mode: MatmulMode) -> Option<f64> {
         let passes = if mode == MatmulMode::F32 { self.f32_passes } else { 1.0 };
-        let multiplies = (self.side * self.side * mode.k_per_partition()) as f64;
+        let multiplies = (self.side as f64).powi(2) * mode.k_per_partition() as f64;
         self.has(mode).then(|| 2.0 * multiplies * self.clock / passes)
     }
 }
@@ -286,11 +286,11 @@ impl Chip {
 
     /// SBUF of one core, bytes.
     pub const fn sbuf_bytes(&self) -> usize {
-        PARTITIONS * self.sbuf_partition_bytes
+        self.sbuf_partition_bytes.saturating_mul(PARTITIONS)
     }
 
     /// PSUM of one core, bytes.
     pub const fn psum_bytes(&self) -> usize {
-        PARTITIONS * self.psum_banks * self.psum_bank_bytes
+        self.psum_banks.saturating_mul(self.psum_bank_bytes).saturating_mul(PARTITIONS)
     }
 }

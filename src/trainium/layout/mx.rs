@@ -211,9 +211,7 @@ impl MxLayout {
 
     /// The element `(n, k)` at a place; `None` for padding and outside the tensor.
     pub fn element_at(&self, at: MxPlace) -> Option<(usize, usize)> {
-        if at.partition >= super::PARTITIONS || at.tile >= self.words.tiles || at.sub >= QUAD {
-            return None;
-        }
+        self.word_index(at).filter(|_| at.sub < QUAD)?;
         let k = at.tile * TILE + at.partition * QUAD + at.sub;
         Some((self.columns.channel(at.column)?, k)).filter(|_| k < self.k)
     }
@@ -228,38 +226,28 @@ impl MxLayout {
 
     /// The channel n and the first k of the group whose scale is at a place; `None` for padding and outside the tensor.
     pub fn group_at(&self, at: MxScalePlace) -> Option<(usize, usize)> {
-        if at.row >= QUADRANTS * LIVE || at.tile >= self.words.tiles.div_ceil(SHARING) {
-            return None;
-        }
+        self.scale_index(at)?;
         let tile = at.tile * SHARING + at.row % LIVE / GROUPS;
         let k = tile * TILE + (at.row / LIVE * GROUPS + at.row % GROUPS) * GROUP;
         Some((self.columns.channel(at.column)?, k)).filter(|_| k < self.k)
     }
 
-    /// Flat index of a place's word in the data tensor.
-    pub fn word_index(&self, at: MxPlace) -> usize {
+    /// Flat index of a place's word in the data tensor; `None` outside.
+    pub fn word_index(&self, at: MxPlace) -> Option<usize> {
         self.words.index(at.partition, at.tile, at.column)
     }
 
-    /// Flat index of a place in the scale tensor.
-    pub fn scale_index(&self, at: MxScalePlace) -> usize {
-        (at.row * self.words.tiles.div_ceil(SHARING) + at.tile) * self.words.columns + at.column
+    /// Flat index of a place in the scale tensor; `None` outside.
+    pub fn scale_index(&self, at: MxScalePlace) -> Option<usize> {
+        let [rows, tiles, columns] = self.scale_shape();
+        let inside = at.row < rows && at.tile < tiles && at.column < columns;
+        inside.then(|| (at.row * tiles + at.tile) * columns + at.column)
     }
 
-    /// The rows of the scale tensor by the (tile, quadrant) whose scales they hold, 4 each, in order of their groups. Rows of
-    /// tiles past the last are left out.
-    pub(super) fn scale_rows<'s>(&self, scales: &'s mut [u8]) -> Vec<Vec<&'s mut [u8]>> {
-        let tiles = self.words.tiles;
-        let mut parts = Vec::new();
-        parts.resize_with(tiles * QUADRANTS, || Vec::with_capacity(GROUPS));
-        for (i, bytes) in scales.chunks_exact_mut(self.words.columns).enumerate() {
-            let (row, s) = (i / tiles.div_ceil(SHARING), i % tiles.div_ceil(SHARING));
-            let tile = s * SHARING + row % LIVE / GROUPS;
-            if tile < tiles {
-                parts[tile * QUADRANTS + row / LIVE].push(bytes);
-            }
-        }
-        parts
+    /// Row of `[64, S]` that holds the scales of group `group` (0..4) of a quadrant of a tile.
+    pub(super) fn scale_row(&self, tile: usize, quadrant: usize, group: usize) -> usize {
+        let row = quadrant * LIVE + tile % SHARING * GROUPS + group;
+        row * self.words.tiles.div_ceil(SHARING) + tile / SHARING
     }
 }
 

@@ -1,7 +1,8 @@
 //! Packing into `mx-quads/1` and back.
 #![forbid(unsafe_code)]
 
-use super::mx::{GROUP, GROUPS, MxLayout, MxPlace, MxScalePlace};
+use super::mx::{GROUP, GROUPS, MxElement, MxLayout, MxPlace, MxScalePlace};
+use super::words::{QUADRANTS, strips};
 use super::{ColumnOrder, GateUp, check_name, check_weight, filled};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
@@ -38,14 +39,14 @@ impl MxLayout {
         length("packed data", data.len(), self.data_bytes())?;
         length("packed scales", scales.len(), self.scale_bytes())?;
         scales.fill(ONE);
-        let mut rows = self.scale_rows(scales);
+        let mut rows = strips(scales, self.columns().count(), 1);
         self.words.pack(self.columns(), parallelism, data, &mut rows, |rows, piece, bytes| {
             let Some(n) = piece.channel else { return bytes.fill(0) };
             w.copy_codes(n, piece.first, bytes);
             let mut groups = [ONE; GROUPS];
             w.copy_block_scales(n, piece.first / GROUP, &mut groups);
-            for (row, scale) in rows.iter_mut().zip(groups) {
-                row[piece.column] = scale;
+            for (group, scale) in groups.into_iter().enumerate() {
+                rows[self.scale_row(piece.tile, piece.quadrant, group)][piece.column] = scale;
             }
         })
     }
@@ -124,22 +125,16 @@ impl PackedMx {
 
     /// The code at a place; `None` outside the tensor.
     pub fn code(&self, at: MxPlace) -> Option<u8> {
-        let [partitions, tiles, columns] = self.layout.data_shape();
-        if at.partition >= partitions || at.tile >= tiles || at.column >= columns || at.sub >= 4 {
-            return None;
-        }
-        let word = self.layout.word_index(at) * self.layout.element().word_bytes();
-        match self.layout.element().word_bytes() {
-            4 => self.data.get(word + at.sub).copied(),
-            _ => self.data.get(word + at.sub / 2).map(|pair| pair >> (4 * (at.sub % 2)) & 15),
+        let word = self.layout.word_index(at).filter(|_| at.sub < 4)? * self.layout.element().word_bytes();
+        match self.layout.element() {
+            MxElement::E4M3Fn | MxElement::E5M2 => self.data.get(word + at.sub).copied(),
+            MxElement::E2M1 => self.data.get(word + at.sub / 2).map(|pair| (pair >> (4 * (at.sub % 2))) & 15),
         }
     }
 
     /// The scale code at a place; `None` outside the tensor.
     pub fn scale(&self, at: MxScalePlace) -> Option<u8> {
-        let [rows, tiles, columns] = self.layout.scale_shape();
-        let inside = at.row < rows && at.tile < tiles && at.column < columns;
-        inside.then(|| self.scales.get(self.layout.scale_index(at)).copied()).flatten()
+        self.scales.get(self.layout.scale_index(at)?).copied()
     }
 
     /// The matrix again: codes, block scales and f32 scales as they were, in planar order.
@@ -147,17 +142,18 @@ impl PackedMx {
     /// # Errors
     /// [`Error::Unsupported`] without memory for it.
     pub fn unpack(&self, parallelism: Parallelism<'_>) -> Result<QuantizedMatrixBuf> {
-        let MxLayout { words, .. } = &self.layout;
         let (scheme, n, k) = (self.layout.scheme(), self.layout.n(), self.layout.k());
         let columns = self.layout.columns();
-        let codes = words.unpack(columns, parallelism, &self.data, scheme.code_bytes(k))?;
+        let codes = self.layout.words.unpack(columns, parallelism, &self.data, scheme.code_bytes(k))?;
         let mut block_scales = Vec::new();
         if scheme.block() == GROUP {
             block_scales = filled("block scales", mul("block scales", n, k / GROUP)?, 0)?;
-            for (i, row) in block_scales.chunks_exact_mut(k / GROUP).enumerate() {
-                for (g, scale) in row.iter_mut().enumerate() {
-                    let at = self.layout.scale_place(i, g * GROUP);
-                    *scale = at.and_then(|at| self.scale(at)).unwrap_or(E8M0::NAN.to_bits());
+            for (n, row) in block_scales.chunks_exact_mut(k / GROUP).enumerate() {
+                let column = columns.column(n).unwrap_or_default();
+                for (group, scale) in row.iter_mut().enumerate() {
+                    let (tile, quadrant) = (group / (QUADRANTS * GROUPS), group / GROUPS % QUADRANTS);
+                    *scale =
+                        self.scales[self.layout.scale_row(tile, quadrant, group % GROUPS) * columns.count() + column];
                 }
             }
         }

@@ -158,15 +158,13 @@ impl RowsLayout {
 
     /// The element `(n, k)` at a place; `None` for padding and outside the tensor.
     pub fn element_at(&self, at: RowPlace) -> Option<(usize, usize)> {
-        if at.partition >= super::PARTITIONS || at.half >= self.words.tiles {
-            return None;
-        }
+        self.index(at)?;
         let k = at.half * super::PARTITIONS + at.partition;
         Some((self.columns.channel(at.column)?, k)).filter(|_| k < self.k)
     }
 
-    /// Flat index of a place in the data tensor, in elements.
-    pub fn index(&self, at: RowPlace) -> usize {
+    /// Flat index of a place in the data tensor, in elements; `None` outside.
+    pub fn index(&self, at: RowPlace) -> Option<usize> {
         self.words.index(at.partition, at.half, at.column)
     }
 }

@@ -3,12 +3,12 @@
 
 use super::halve::{Halving, doubled};
 use super::rows::{RowElement, RowPlace, RowsLayout};
-use super::words::QUADRANTS;
 use super::{check_name, check_weight, filled};
 use crate::cpu::Parallelism;
-use crate::error::{Error, Result, length};
+use crate::error::{Error, Result, length, mul};
 use crate::num::BridgeReport;
 use crate::quant::{GlobalScale, QuantizedMatrix, QuantizedMatrixBuf, Scheme};
+use std::borrow::Cow;
 
 /// A weight in [`RowsLayout`]: the tensors to write to HBM.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,7 +35,7 @@ impl RowsLayout {
     ) -> Result<BridgeReport> {
         check_weight(w, (self.scheme(), self.n(), self.k()))?;
         let halving = self.halves().then(Halving::new);
-        let mut rounded = vec![0; self.words.tiles * QUADRANTS];
+        let mut rounded = vec![0; self.words.strips()];
         self.words.pack(self.columns(), parallelism, data, &mut rounded, |rounded, piece, bytes| {
             let Some(n) = piece.channel else { return bytes.fill(0) };
             w.copy_codes(n, piece.first, bytes);
@@ -85,14 +85,14 @@ impl RowsLayout {
     }
 
     /// Number of f32 scales.
-    fn scale_count(&self) -> usize {
+    fn scale_count(&self) -> Result<usize> {
+        const TILE: Error = Error::Empty { operand: Cow::Borrowed("scale tile"), axis: "n or k" };
         match self.scheme() {
-            Scheme::Fp8PerTensor(_) => 1,
-            Scheme::Fp8PerChannel(_) => self.columns().count(),
-            Scheme::Fp8Blockwise { n, k, .. } => {
-                self.n().div_ceil(n.max(1)).saturating_mul(self.k().div_ceil(k.max(1)))
-            }
-            _ => 0,
+            Scheme::Fp8PerTensor(_) => Ok(1),
+            Scheme::Fp8PerChannel(_) => Ok(self.columns().count()),
+            Scheme::Fp8Blockwise { n: 0, .. } | Scheme::Fp8Blockwise { k: 0, .. } => Err(TILE),
+            Scheme::Fp8Blockwise { n, k, .. } => mul("f32 scales", self.n().div_ceil(n), self.k().div_ceil(k)),
+            _ => Ok(0),
         }
     }
 }
@@ -106,7 +106,7 @@ impl PackedRows {
     pub fn from_parts(name: &str, layout: RowsLayout, data: Vec<u8>, scales: Vec<f32>) -> Result<Self> {
         check_name(name, RowsLayout::NAME)?;
         length("packed data", data.len(), layout.data_bytes())?;
-        length("f32 scales", scales.len(), layout.scale_count())?;
+        length("f32 scales", scales.len(), layout.scale_count()?)?;
         Ok(PackedRows { layout, data, scales })
     }
 
@@ -127,11 +127,7 @@ impl PackedRows {
 
     /// The code at a place, as the device reads it; `None` outside the tensor.
     pub fn code(&self, at: RowPlace) -> Option<u16> {
-        let [partitions, halves, columns] = self.layout.data_shape();
-        if at.partition >= partitions || at.half >= halves || at.column >= columns {
-            return None;
-        }
-        let i = self.layout.index(at);
+        let i = self.layout.index(at)?;
         match self.layout.element() {
             RowElement::Fp8(_) => self.data.get(i).map(|code| u16::from(*code)),
             RowElement::Bf16 => self.data.as_chunks::<2>().0.get(i).map(|word| u16::from_le_bytes(*word)),

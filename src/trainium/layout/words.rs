@@ -1,4 +1,7 @@
 //! The transposition under every weight layout: rows of words along k become `[128 partitions, tiles, columns]` words.
+//!
+//! Work is cut into strips of 256 columns. A thread reads the strip's channels from front to back, which stay in its cache until
+//! their last word is used, and writes runs of 256 words: both sides of the transposition see long rows.
 #![forbid(unsafe_code)]
 
 use super::{Columns, PARTITIONS, filled};
@@ -7,6 +10,8 @@ use crate::error::{Result, length, mul};
 
 /// Side of the square of words that is transposed at once, and partitions of a quadrant.
 const SIDE: usize = 32;
+/// Columns that a thread takes at a time.
+const STRIP: usize = 8 * SIDE;
 /// Quadrants of a tile.
 pub(super) const QUADRANTS: usize = PARTITIONS / SIDE;
 
@@ -26,6 +31,9 @@ pub(super) struct Words {
 /// What is moved together: the words of 32 partitions of one tile, for one column.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Piece {
+    pub(super) tile: usize,
+    pub(super) quadrant: usize,
+    /// The column, from the strip's first.
     pub(super) column: usize,
     /// The channel in the column; `None` is padding.
     pub(super) channel: Option<usize>,
@@ -48,17 +56,28 @@ impl Words {
         PARTITIONS * self.tiles * self.columns * self.word
     }
 
+    /// Strips in all.
+    pub(super) fn strips(&self) -> usize {
+        self.columns.div_ceil(STRIP)
+    }
+
     fn row_bytes(&self) -> usize {
         self.columns * self.word
     }
 
-    /// Flat index of a word.
-    pub(super) fn index(&self, partition: usize, tile: usize, column: usize) -> usize {
-        (partition * self.tiles + tile) * self.columns + column
+    /// Flat index of a word; `None` outside the tensor.
+    pub(super) fn index(&self, partition: usize, tile: usize, column: usize) -> Option<usize> {
+        let inside = partition < PARTITIONS && tile < self.tiles && column < self.columns;
+        inside.then(|| self.row(partition, tile) * self.columns + column)
     }
 
-    /// Fills `data`. `load(extra, piece, bytes)` writes the `32 * word` bytes of a piece, for every piece; pieces of one (tile,
-    /// quadrant) share `extra[tile * 4 + quadrant]`.
+    /// Rows of words before that of (partition, tile).
+    fn row(&self, partition: usize, tile: usize) -> usize {
+        partition * self.tiles + tile
+    }
+
+    /// Fills `data`. `load(extra, piece, bytes)` writes the `32 * word` bytes of a piece, for every piece; pieces of one strip
+    /// share `extra[strip]`.
     pub(super) fn pack<X: Send>(
         &self,
         columns: &Columns,
@@ -68,7 +87,7 @@ impl Words {
         load: impl Fn(&mut X, Piece, &mut [u8]) + Sync,
     ) -> Result<()> {
         length("packed weight", data.len(), self.bytes())?;
-        length("parts of the packed weight", extra.len(), self.tiles * QUADRANTS)?;
+        length("strips of the packed weight", extra.len(), self.strips())?;
         match self.word {
             1 => self.pack_words::<4, X>(columns, parallelism, data, extra, load),
             2 => self.pack_words::<8, X>(columns, parallelism, data, extra, load),
@@ -86,27 +105,26 @@ impl Words {
         extra: &mut [X],
         load: impl Fn(&mut X, Piece, &mut [u8]) + Sync,
     ) {
-        // A (tile, quadrant) owns 32 rows of the tensor that are not neighbours: hand each its own.
-        let mut parts: Vec<Vec<&mut [u8]>> = Vec::new();
-        parts.resize_with(self.tiles * QUADRANTS, || Vec::with_capacity(SIDE));
-        for (i, row) in data.chunks_exact_mut(self.row_bytes()).enumerate() {
-            let (p, t) = (i / self.tiles, i % self.tiles);
-            parts[t * QUADRANTS + p / SIDE].push(row);
-        }
-        for_each_zip(parallelism, (&mut parts, 1), (extra, 1), |part, rows, extra| {
-            let (tile, quadrant) = (part / QUADRANTS, part % QUADRANTS);
-            let first = (tile * PARTITIONS + quadrant * SIDE) * self.elements;
+        let mut strips = strips(data, self.columns, self.word);
+        for_each_zip(parallelism, (&mut strips, 1), (extra, 1), |strip, rows, extra| {
             let ([rows], [extra]) = (rows, extra) else { return };
+            let channels: [Option<usize>; STRIP] = std::array::from_fn(|i| columns.channel(strip * STRIP + i));
+            let width = STRIP.min(self.columns - strip * STRIP);
             let (mut source, mut turned) = ([[[0u8; 8]; L]; SIDE], [[[0u8; 8]; L]; SIDE]);
-            for c0 in (0..self.columns).step_by(SIDE) {
-                for (i, bytes) in source.iter_mut().enumerate() {
-                    let column = c0 + i;
-                    let piece = Piece { column, channel: columns.channel(column), first };
-                    load(extra, piece, bytes.as_flattened_mut());
-                }
-                transpose(&source, &mut turned);
-                for (row, words) in rows.iter_mut().zip(&turned) {
-                    row[c0 * self.word..][..SIDE * self.word].copy_from_slice(words.as_flattened());
+            for part in 0..self.tiles * QUADRANTS {
+                let (tile, quadrant) = (part / QUADRANTS, part % QUADRANTS);
+                let first = part * SIDE * self.elements;
+                for c0 in (0..width).step_by(SIDE) {
+                    for (i, bytes) in source.iter_mut().enumerate() {
+                        let column = c0 + i;
+                        let piece = Piece { tile, quadrant, column, channel: channels[column], first };
+                        load(extra, piece, bytes.as_flattened_mut());
+                    }
+                    transpose(&source, &mut turned);
+                    for (p, words) in turned.iter().enumerate() {
+                        let row = &mut rows[self.row(quadrant * SIDE + p, tile)];
+                        row[c0 * self.word..][..8 * L].copy_from_slice(words.as_flattened());
+                    }
                 }
             }
         });
@@ -139,37 +157,50 @@ impl Words {
         row: usize,
     ) {
         let run = SIDE * self.word;
-        let mut nothing = vec![(); columns.channels().div_ceil(SIDE)];
-        for_each_zip(parallelism, (codes, SIDE * row), (&mut nothing, 1), |block, codes, _| {
+        let mut nothing = vec![(); columns.channels().div_ceil(STRIP)];
+        for_each_zip(parallelism, (codes, STRIP * row), (&mut nothing, 1), |strip, codes, _| {
             // Channels past the last repeat the last: their words are turned and dropped.
             let last = columns.channels() - 1;
-            let at: [usize; SIDE] =
-                std::array::from_fn(|i| columns.column((block * SIDE + i).min(last)).unwrap_or_default());
-            let contiguous = at.windows(2).all(|pair| pair[1] == pair[0] + 1);
+            let column = |i: usize| columns.column((strip * STRIP + i).min(last)).unwrap_or_default();
+            let at: [usize; STRIP] = std::array::from_fn(column);
             let (mut source, mut turned) = ([[[0u8; 8]; L]; SIDE], [[[0u8; 8]; L]; SIDE]);
             for part in 0..self.tiles * QUADRANTS {
                 let (tile, quadrant) = (part / QUADRANTS, part % QUADRANTS);
-                for (p, words) in source.iter_mut().enumerate() {
-                    let words = words.as_flattened_mut();
-                    let start = self.index(quadrant * SIDE + p, tile, 0) * self.word;
-                    let packed = &data[start..start + self.row_bytes()];
-                    if contiguous {
-                        words.copy_from_slice(&packed[at[0] * self.word..][..run]);
-                        continue;
+                let (start, end) = ((part * run).min(row), (part * run + run).min(row));
+                for (codes, at) in codes.chunks_mut(SIDE * row).zip(at.chunks_exact(SIDE)) {
+                    let contiguous = at.windows(2).all(|pair| pair[1] == pair[0] + 1);
+                    for (p, words) in source.iter_mut().enumerate() {
+                        let words = words.as_flattened_mut();
+                        let packed =
+                            &data[self.row(quadrant * SIDE + p, tile) * self.row_bytes()..][..self.row_bytes()];
+                        if contiguous {
+                            words.copy_from_slice(&packed[at[0] * self.word..][..8 * L]);
+                            continue;
+                        }
+                        for (word, column) in words.chunks_exact_mut(L / 4).zip(at) {
+                            word.copy_from_slice(&packed[column * (L / 4)..][..L / 4]);
+                        }
                     }
-                    for (word, column) in words.chunks_exact_mut(self.word).zip(at) {
-                        word.copy_from_slice(&packed[column * self.word..][..self.word]);
+                    transpose(&source, &mut turned);
+                    for (codes, words) in codes.chunks_exact_mut(row).zip(&turned) {
+                        codes[start..end].copy_from_slice(&words.as_flattened()[..end - start]);
                     }
-                }
-                transpose(&source, &mut turned);
-                let start = (part * run).min(row);
-                let end = (start + run).min(row);
-                for (codes, words) in codes.chunks_exact_mut(row).zip(&turned) {
-                    codes[start..end].copy_from_slice(&words.as_flattened()[..end - start]);
                 }
             }
         });
     }
+}
+
+/// The rows of a tensor of `columns` words of `word` bytes, cut into strips: for each strip its part of every row.
+pub(super) fn strips(data: &mut [u8], columns: usize, word: usize) -> Vec<Vec<&mut [u8]>> {
+    let mut strips = Vec::new();
+    strips.resize_with(columns.div_ceil(STRIP), Vec::new);
+    for row in data.chunks_exact_mut(columns * word) {
+        for (strip, part) in strips.iter_mut().zip(row.chunks_mut(STRIP * word)) {
+            strip.push(part);
+        }
+    }
+    strips
 }
 
 /// Transposes 32 x 32 words of `L / 4` bytes: word j of row i becomes word i of row j. `L` is 4, 8 or 16.
