@@ -65,7 +65,7 @@ pub enum Error {
         /// One past the largest allowed.
         limit: usize,
     },
-    /// The product or sum of extents does not fit `usize`.
+    /// The product or sum of extents does not fit `usize`, or the memory for it is not to be had.
     Overflow {
         /// The operand.
         operand: Name,
@@ -144,6 +144,11 @@ impl Error {
     pub fn io(path: impl AsRef<std::path::Path>, e: &std::io::Error) -> Self {
         Error::Io { path: path.as_ref().display().to_string(), kind: e.kind(), message: e.to_string() }
     }
+
+    /// An index, which may be beyond what `i64` counts, that is not below `limit`.
+    pub(crate) fn index(operand: impl Into<Name>, at: usize, got: usize, limit: usize) -> Self {
+        Error::Index { operand: operand.into(), at, got: i64::try_from(got).unwrap_or(i64::MAX), limit }
+    }
 }
 
 impl fmt::Display for Error {
@@ -164,7 +169,9 @@ impl fmt::Display for Error {
             Error::Index { operand, at, got, limit } => {
                 write!(f, "{operand}[{at}]: index {got} is out of range, needed 0 <= index < {limit}")
             }
-            Error::Overflow { operand } => write!(f, "{operand}: the product of its extents does not fit in usize"),
+            Error::Overflow { operand } => {
+                write!(f, "{operand}: the product of its extents does not fit in usize or in memory")
+            }
             Error::Empty { operand, axis } => write!(f, "{operand}: axis {axis} is empty, needed at least 1"),
             Error::Value { operand, at, got, needed } => write!(f, "{operand}[{at}]: got {got}, needed {needed}"),
             Error::Missing { operand, needed_by } => write!(f, "{operand}: missing, needed by {needed_by}"),
@@ -198,4 +205,16 @@ pub(crate) fn length(operand: &'static str, got: usize, needed: usize) -> Result
 /// Asks that an extent be a multiple of `of`.
 pub(crate) fn multiple(operand: &'static str, axis: &'static str, got: usize, of: usize) -> Result<()> {
     if got.is_multiple_of(of) { Ok(()) } else { Err(Error::Multiple { operand: operand.into(), axis, got, of }) }
+}
+
+/// Room for `len` elements of `operand`, or an error where `Vec` would abort.
+pub(crate) fn reserve<T>(operand: &'static str, v: &mut Vec<T>, len: usize) -> Result<()> {
+    v.try_reserve_exact(len).map_err(|_| Error::Overflow { operand: operand.into() })
+}
+
+/// `len` zeros, or an error where `vec!` would abort. Asks first and lets go again: `vec!` gets memory that costs nothing until
+/// it is touched.
+pub(crate) fn zeros(operand: &'static str, len: usize) -> Result<Vec<f64>> {
+    reserve::<f64>(operand, &mut Vec::new(), len)?;
+    Ok(vec![0.0; len])
 }

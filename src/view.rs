@@ -119,9 +119,12 @@ impl<'a, T> MatRef<'a, T> {
     /// # Errors
     /// [`Error::Index`] if the range reaches past the last row.
     pub fn rows_at(&self, start: usize, rows: usize) -> Result<MatRef<'a, T>> {
-        let end = start.checked_add(rows).ok_or(Error::Overflow { operand: "matrix".into() })?;
-        if end > self.rows {
-            return Err(Error::Index { operand: "matrix rows".into(), at: 0, got: end as i64, limit: self.rows + 1 });
+        let limit = self.rows.saturating_add(1);
+        if start > self.rows {
+            return Err(Error::index("first row", 0, start, limit));
+        }
+        if rows > self.rows - start {
+            return Err(Error::index("end of the rows", 0, start.saturating_add(rows), limit));
         }
         let data = if rows == 0 || self.cols == 0 { &[] } else { &self.data[start * self.row_stride..] };
         Ok(MatRef { data, rows, cols: self.cols, row_stride: self.row_stride })

@@ -323,7 +323,11 @@ fn a_config_that_contradicts_the_tensors_names_tensor_and_axis() {
         let mut less = config.clone();
         (less.num_hidden_layers, less.sliding_layers) = (config.num_hidden_layers - 1, None);
         let error = GptOss::with_config(&checkpoint, less).unwrap_err().to_string();
-        assert!(error.contains(&format!("num_hidden_layers is {}", config.num_hidden_layers - 1)), "{error}");
+        let expected = match config.num_hidden_layers {
+            1 => "num_hidden_layers: is 0, needed at least 1".into(),
+            layers => format!("num_hidden_layers is {}", layers - 1),
+        };
+        assert!(error.contains(&expected), "{error}");
     }
 }
 
@@ -345,7 +349,7 @@ fn a_config_that_contradicts_itself_names_the_key() {
             ("sliding_window", json!(0), "is 0"),
             ("swiglu_limit", json!(0.0), "is 0, needed a finite number above 0"),
             ("rope_theta", json!(-1), "is -1, needed a finite number above 0"),
-            ("layer_types", json!(["full_attention"]), "num_hidden_layers is"),
+            ("layer_types", json!(vec!["full_attention"; config.num_hidden_layers + 1]), "num_hidden_layers is"),
             ("layer_types", json!(["other"]), "`sliding_attention` and `full_attention`"),
             ("model_type", json!("llama"), "this reader knows gpt_oss"),
             ("quantization_config", json!({"quant_method": "awq"}), "gpt-oss experts are MXFP4"),

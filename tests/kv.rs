@@ -233,10 +233,13 @@ fn refusals_of_the_pool() {
     assert_eq!(new(KvFormat::Bf16, 1, 1, 0, 1, 1), "kv cache: axis page_size is empty, needed at least 1");
     assert_eq!(new(KvFormat::Bf16, 1, 1, 1, 1, 0), "kv cache: axis head_dim_qk is empty, needed at least 1");
     assert_eq!(new(KvFormat::Mxfp4, 1, 1, 1, 1, 48), "kv cache: axis head_dim_qk is 48, needed a multiple of 32");
-    assert_eq!(new(KvFormat::F32, 1, 2, huge, 1, 1), "kv cache: the product of its extents does not fit in usize");
+    assert_eq!(
+        new(KvFormat::F32, 1, 2, huge, 1, 1),
+        "kv cache: the product of its extents does not fit in usize or in memory"
+    );
     assert_eq!(
         new(KvFormat::Fp8(Fp8::E4M3Fn), huge, 8, 8, 8, 8),
-        "kv pool: the product of its extents does not fit in usize"
+        "kv pool: the product of its extents does not fit in usize or in memory"
     );
     assert!(new(KvFormat::Fp8(Fp8::E4M3Fn), 1 << 40, 1 << 10, 8, 8, 8).contains("is not supported"));
     assert!(new(KvFormat::Fp8(Fp8::E4M3Fn), 1, 1 << 33, 1, 1, 1).contains("pages are numbered with 32 bits"));
@@ -259,7 +262,10 @@ fn refusals_of_page_tables() {
         "page table last_page_len[0]: got 5, needed 1 to page_size tokens in the last page"
     );
     assert_eq!(new(4, &[0, 0], &[], &[1]), "page table last_page_len[0]: got 1, needed 0 for a sequence without pages");
-    assert_eq!(new(usize::MAX, &[0, 1], &[0], &[1]), "page table: the product of its extents does not fit in usize");
+    assert_eq!(
+        new(usize::MAX, &[0, 1], &[0], &[1]),
+        "page table: the product of its extents does not fit in usize or in memory"
+    );
     let block = |table: &[i32], pages, lens: &[usize]| {
         PageTable::from_block_table(4, table, pages, lens).unwrap_err().to_string()
     };

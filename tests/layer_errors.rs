@@ -92,7 +92,10 @@ fn rope_refusals() {
     let plain = RopeScaling::None;
     assert_eq!(text(1e4, 0, plain), "rope: axis rotary_dim is empty, needed at least 1");
     assert_eq!(text(1e4, 7, plain), "rope: axis rotary_dim is 7, needed a multiple of 2");
-    assert_eq!(text(1e4, usize::MAX - 1, plain), "rope table: the product of its extents does not fit in usize");
+    assert_eq!(
+        text(1e4, usize::MAX - 1, plain),
+        "rope table: the product of its extents does not fit in usize or in memory"
+    );
     for (theta, got) in [(1.0, "1"), (-3.0, "-3"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")] {
         assert_eq!(text(theta, 8, plain), format!("rope theta[0]: got {got}, needed a finite number above 1"));
     }

@@ -43,15 +43,15 @@ fn scales_shifted_by_one_block_are_noticed() {
 
 #[test]
 fn scales_read_as_bits_of_the_exponent_field_are_noticed() {
-    // `code << 23` is right for every code but 0 (2^-127 is subnormal) and 255.
-    let (n, k, packed, scales, want) = mxfp4();
-    let matrix = QuantizedMatrix::mxfp4(n, k, &packed, &scales).unwrap();
-    let shifted = |i: usize| {
-        let scale = f32::from_bits(u32::from(matrix.block_scale_code(i / k, i % k).unwrap()) << 23);
-        Format::E2M1.decode(matrix.code(i / k, i % k).unwrap() as u8) * scale
-    };
-    let got: Vec<f32> = (0..n * k).map(shifted).collect();
-    assert!(!compare::bits(&got, &want).is_empty());
+    // `code << 23` is right for every code but 0 (2^-127 is subnormal) and 255: one block of each code, every element.
+    let golden = Golden::open("decode_tables");
+    let (scale_values, elements) = (golden.f32("e8m0.value"), golden.f32("e2m1.value"));
+    let scales: Vec<u8> = (0..=255).collect();
+    let packed: Vec<u8> = (0..256 * 16).map(|byte| ((byte % 8 * 2) | ((byte % 8 * 2 + 1) << 4)) as u8).collect();
+    let values = |scales: &[f32]| -> Vec<f32> { (0..256 * 32).map(|i| elements[i % 16] * scales[i / 32]).collect() };
+    assert_eq!(mxfp4_mismatches(256, 32, &packed, &scales, &values(&scale_values)), 0);
+    let shifted: Vec<f32> = (0..256).map(|code| f32::from_bits(code << 23)).collect();
+    assert!(mxfp4_mismatches(256, 32, &packed, &scales, &values(&shifted)) > 0);
 }
 
 #[test]
@@ -109,32 +109,25 @@ fn a_divisor_used_as_a_multiplier_is_noticed() {
 
 #[test]
 fn another_scale_rule_is_noticed() {
-    // Every rule against every rule's golden scales: only the right one agrees.
+    // Every rule against every rule's golden scales: only the right one agrees with all elements'. (With FP4's alone
+    // compared, EVEN would be what compressed-tensors does for all elements.)
     let golden = Golden::open("blocks_mx");
-    for (el, scheme) in
-        [("e4m3", Scheme::Mxfp8(Fp8::E4M3Fn)), ("e5m2", Scheme::Mxfp8(Fp8::E5M2)), ("e2m1", Scheme::Mxfp4)]
+    let elements = [("e4m3", Scheme::Mxfp8(Fp8::E4M3Fn)), ("e5m2", Scheme::Mxfp8(Fp8::E5M2)), ("e2m1", Scheme::Mxfp4)];
+    for (name, right) in
+        [("floor", ScaleRule::Floor), ("rceil", ScaleRule::Rceil), ("ceil", ScaleRule::Ceil), ("even", ScaleRule::Even)]
     {
-        let (n, k) = golden.shape2(&format!("{el}.x"));
-        let x = golden.f32(&format!("{el}.x"));
-        let x = MatRef::new(&x, n, k).unwrap();
-        let named = [
-            ("floor", ScaleRule::Floor),
-            ("rceil", ScaleRule::Rceil),
-            ("ceil", ScaleRule::Ceil),
-            ("even", ScaleRule::Even),
-        ];
-        for (name, right) in named {
-            let name = |part: &str| format!("{el}.{name}.{part}");
-            let want = golden.u8(&name("scale"));
-            let ok = if golden.has(&name("ok")) { golden.u8(&name("ok")) } else { vec![1; want.len()] };
-            for rule in ScaleRule::ALL {
+        for rule in ScaleRule::ALL {
+            let differing = elements.map(|(el, scheme)| {
+                let (n, k) = golden.shape2(&format!("{el}.x"));
+                let x = golden.f32(&format!("{el}.x"));
+                let part = |part: &str| format!("{el}.{name}.{part}");
+                let want = golden.u8(&part("scale"));
+                let ok = if golden.has(&part("ok")) { golden.u8(&part("ok")) } else { vec![1; want.len()] };
+                let x = MatRef::new(&x, n, k).unwrap();
                 let got = quantize(x, scheme, &QuantizeOptions { rule, ..Default::default() }).unwrap();
-                let differ = compare::codes(got.block_scales(), &want, |b| ok[b] == 1);
-                // FP4's EVEN is what compressed-tensors does for all elements: M is 1. For E5M2 the two rules differ.
-                let same =
-                    rule == right || (el == "e2m1" && [rule, right] == [ScaleRule::CompressedTensors, ScaleRule::Even]);
-                assert_eq!(differ.is_empty(), same, "{el}: {rule:?} for {right:?}");
-            }
+                compare::codes(got.block_scales(), &want, |b| ok[b] == 1).len()
+            });
+            assert_eq!(differing == [0; 3], rule == right, "{rule:?} for {right:?}: {differing:?} scales differ");
         }
     }
 }

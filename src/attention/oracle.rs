@@ -8,10 +8,11 @@ use super::driver::check_queries;
 use super::prefill::{Queries, check_cache, check_ragged};
 use super::source::{KvSource, PagedSource, RaggedKv};
 use super::spec::AttentionSpec;
-use crate::error::{Result, extent, mul};
+use crate::error::{Result, extent, mul, reserve, zeros};
 use crate::kv::{KvFormat, PageTable, PagedKv, check_indptr, nvfp4_scale};
 use crate::num::{E8M0, F4E2M1x2, Real};
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Results of the oracle: exact but for f64, with the error a kernel of this crate may have.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,7 +45,7 @@ impl Reference {
 /// Attention over contiguous K and V; see [`Cpu::prefill`](crate::Cpu::prefill).
 ///
 /// # Errors
-/// As [`Cpu::prefill`](crate::Cpu::prefill).
+/// As [`Cpu::prefill`](crate::Cpu::prefill); [`Error::Overflow`](crate::Error::Overflow) if results do not fit in memory.
 pub fn prefill<T: Real, K: Real>(
     spec: &AttentionSpec,
     queries: Queries<'_, T>,
@@ -56,9 +57,9 @@ pub fn prefill<T: Real, K: Real>(
         let tokens = kv.indptr[seq]..kv.indptr[seq + 1];
         let rows = |x: &crate::HeadsRef<'_, K>| {
             let row = |t| x.head(t, head).unwrap_or_default().iter().map(|x| f64::from(x.to_f32())).collect();
-            tokens.clone().map(row).collect()
+            collect(tokens.clone(), row)
         };
-        Head { k: rows(&kv.k), v: rows(&kv.v) }
+        Ok(Head { k: rows(&kv.k)?, v: rows(&kv.v)? })
     };
     batch(spec, queries, &kv, kv.indptr.len() - 1, head)
 }
@@ -66,7 +67,8 @@ pub fn prefill<T: Real, K: Real>(
 /// Attention over a paged cache; see [`Cpu::prefill_paged`](crate::Cpu::prefill_paged). Decode is the case of one query a sequence.
 ///
 /// # Errors
-/// As [`Cpu::prefill_paged`](crate::Cpu::prefill_paged).
+/// As [`Cpu::prefill_paged`](crate::Cpu::prefill_paged); [`Error::Overflow`](crate::Error::Overflow) if results, or a sequence's
+/// decoded keys and values, do not fit in memory.
 pub fn paged<T: Real>(
     spec: &AttentionSpec,
     queries: Queries<'_, T>,
@@ -86,9 +88,9 @@ pub fn paged<T: Real>(
                 let (codes, block_scales) = kv.vector(plane, dim, at);
                 (0..dim).map(|d| element(shape.format, codes, block_scales, d) * f64::from(scale)).collect()
             };
-            (0..source.len(seq)).map(row).collect()
+            collect(0..source.len(seq), row)
         };
-        Head { k: rows(kv.k(), shape.head_dim_qk, scales.0), v: rows(kv.v(), shape.head_dim_vo, scales.1) }
+        Ok(Head { k: rows(kv.k(), shape.head_dim_qk, scales.0)?, v: rows(kv.v(), shape.head_dim_vo, scales.1)? })
     };
     batch(spec, queries, &source, table.num_sequences(), head)
 }
@@ -118,28 +120,36 @@ struct Head {
     v: Vec<Vec<f64>>,
 }
 
+/// The vectors of all tokens. A table may name a page often, so no memory of the caller's bounds their number.
+fn collect(tokens: Range<usize>, row: impl Fn(usize) -> Vec<f64>) -> Result<Vec<Vec<f64>>> {
+    let mut rows = Vec::new();
+    reserve("keys and values", &mut rows, tokens.len())?;
+    rows.extend(tokens.map(row));
+    Ok(rows)
+}
+
 fn batch<T: Real, S: KvSource>(
     spec: &AttentionSpec,
     queries: Queries<'_, T>,
     source: &S,
     sequences: usize,
-    head: impl Fn(usize, usize) -> Head,
+    head: impl Fn(usize, usize) -> Result<Head>,
 ) -> Result<Reference> {
     let Queries { q, indptr, sinks } = queries;
     check_indptr("qo_indptr", indptr, q.tokens())?;
     extent("qo_indptr", "batch", indptr.len() - 1, sequences)?;
     let rows = mul("q", q.tokens(), spec.num_qo_heads)?;
     let outs = mul("attention output", rows, spec.head_dim_vo)?;
-    let mut all = Reference {
-        out: vec![0.0; outs],
-        lse: vec![0.0; rows],
-        out_bound: vec![0.0; outs],
-        lse_bound: vec![0.0; rows],
-    };
+    let (values, lses) = (|| zeros("attention output", outs), || zeros("lse", rows));
+    let mut all = Reference { out: values()?, lse: lses()?, out_bound: values()?, lse_bound: lses()? };
     for seq in 0..sequences {
         let len = source.len(seq);
+        if indptr[seq] == indptr[seq + 1] {
+            // Without a query no memory bounds the number of heads: do not walk them.
+            continue;
+        }
         for kv_head in 0..spec.num_kv_heads {
-            let Head { k, v } = head(seq, kv_head);
+            let Head { k, v } = head(seq, kv_head)?;
             for token in indptr[seq]..indptr[seq + 1] {
                 let position = len as i64 - indptr[seq + 1] as i64 + token as i64;
                 let (lo, hi) = spec.visible(position, len);

@@ -59,10 +59,10 @@ impl<'a> Tensor<'a> {
         extents(self.name, self.shape, ["n", "k"]).map(|[n, k]| (n, k))
     }
 
-    /// Number of elements.
+    /// Number of elements: the product of the extents; `usize::MAX` if that does not fit, as it always does in a file that was
+    /// opened.
     pub fn len(&self) -> usize {
-        // The header's check has multiplied this without overflow.
-        self.shape.iter().product()
+        self.shape.iter().fold(1, |n, d| n.saturating_mul(*d))
     }
 
     /// Whether an extent is 0.

@@ -93,7 +93,7 @@ impl PageTable {
                     operand: "block table".into(),
                     at,
                     got: page.into(),
-                    limit: i32::MAX as usize,
+                    limit: 1 << 31,
                 })?);
             }
             indptr.push(indices.len());

@@ -98,8 +98,12 @@ impl KvPool {
         };
         let (k, v) = (shape.plane_bytes(shape.head_dim_qk)?, shape.plane_bytes(shape.head_dim_vo)?);
         let layer = [k.0, k.1, v.0, v.1].iter().try_fold(0usize, |sum, part| sum.checked_add(*part));
-        let total = layer.and_then(|bytes| bytes.checked_mul(num_layers));
-        // Ask for all of it once, so that too many layers are refused before the first is made.
+        let layer = layer.and_then(|bytes| bytes.checked_add(size_of::<[OwnedPlane; 2]>()));
+        // Flag, place in the free list and mark of each page.
+        let page = size_of::<bool>() + size_of::<u32>() + size_of::<usize>();
+        let parts = layer.and_then(|bytes| bytes.checked_mul(num_layers)).zip(shape.num_pages.checked_mul(page));
+        let total = parts.and_then(|(layers, pages)| layers.checked_add(pages));
+        // Ask for all of it once, so that too many layers or pages are refused before the first is made.
         can_allocate(total.ok_or(Error::Overflow { operand: "kv pool".into() })?)?;
         let mut layers = Vec::new();
         for _ in 0..num_layers {
@@ -147,7 +151,7 @@ impl KvPool {
         if layer < limit {
             return Ok(());
         }
-        Err(Error::Index { operand: "kv pool layer".into(), at: 0, got: layer as i64, limit })
+        Err(Error::index("kv pool layer", 0, layer, limit))
     }
 
     /// Takes a free page. What it holds is arbitrary until it is appended to.

@@ -77,8 +77,7 @@ impl KvSequence {
     /// [`Error::Index`] if the sequence is shorter than `len`; [`Error::Value`] if the pool says a page is free or foreign.
     pub fn truncate(&mut self, pool: &mut KvPool, len: usize) -> Result<()> {
         if len > self.len {
-            let limit = self.len.saturating_add(1);
-            return Err(Error::Index { operand: "kv sequence length".into(), at: 0, got: len as i64, limit });
+            return Err(Error::index("kv sequence length", 0, len, self.len.saturating_add(1)));
         }
         extent("kv sequence", "page_size", self.page_size, pool.shape().page_size)?;
         let keep = len.div_ceil(self.page_size.max(1));

@@ -4,10 +4,12 @@
 use super::parameter;
 use super::rows::{self, RowKernel};
 use crate::cpu::Cpu;
-use crate::error::{Error, Result, extent, mul, multiple};
+use crate::error::{Error, Result, extent, mul, multiple, reserve};
 use crate::num::{Real, rounded};
 use crate::view::HeadsMut;
 use std::f64::consts::PI;
+
+const TABLE: &str = "rope table";
 
 /// How positions beyond the trained context are served.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,8 +58,8 @@ impl RopeFrequencies {
     /// Frequencies of `rotary_dim` rotary dimensions: `1/f_i` with `f_i = theta^(2i / rotary_dim)`, scaled.
     ///
     /// YaRN: `ramp_i / (factor f_i) + (1 - ramp_i) / f_i`, `ramp_i = clamp((i - low) / (high - low), 0, 1)`, where
-    /// `low` and `high` are `rotary_dim/2 * ln(original_context / (2 pi beta)) / ln theta` for `beta_fast` and `beta_slow`, kept
-    /// inside `0..=rotary_dim - 1` and at least 0.001 apart, as the paper's reference code does.
+    /// `low` and `high` are `rotary_dim/2 * ln(original_context / (2 pi beta)) / ln theta` for `beta_fast` and `beta_slow`, `low`
+    /// at least 0, `high` at most `rotary_dim - 1` and at least 0.001 above `low`, as the paper's reference code does.
     ///
     /// # Errors
     /// [`Error::Empty`] or [`Error::Multiple`] unless `rotary_dim` is even and above 0; [`Error::Value`] unless `theta > 1` and
@@ -71,7 +73,7 @@ impl RopeFrequencies {
         check(scaling)?;
         let ramp = Ramp::new(theta, rotary_dim, scaling);
         let mut inv_freq = Vec::new();
-        reserve(&mut inv_freq, rotary_dim / 2)?;
+        reserve(TABLE, &mut inv_freq, rotary_dim / 2)?;
         inv_freq.extend((0..rotary_dim / 2).map(|i| {
             let f = libm::pow(theta, 2.0 * i as f64 / rotary_dim as f64);
             match scaling {
@@ -145,7 +147,8 @@ impl Ramp {
         if truncate {
             (low, high) = (low.floor(), high.ceil());
         }
-        let low = low.max(0.0);
+        // A ramp that begins past the last pair slows none down, wherever it begins: also at infinity, where it has no slope.
+        let low = low.clamp(0.0, d);
         Ramp { low, high: high.min(d - 1.0).max(low + 0.001) }
     }
 
@@ -184,7 +187,7 @@ impl RopeTable {
     pub fn fill(&mut self, frequencies: &RopeFrequencies, positions: &[u32]) -> Result<()> {
         (self.tokens, self.half) = (0, 0);
         self.cos_sin.clear();
-        reserve(&mut self.cos_sin, mul("rope table", positions.len(), frequencies.rotary_dim())?)?;
+        reserve(TABLE, &mut self.cos_sin, mul(TABLE, positions.len(), frequencies.rotary_dim())?)?;
         for &position in positions {
             let angle = |inv_freq: &f64| f64::from(position) * inv_freq;
             let scaled = |x: f64| (x * frequencies.concentration) as f32;
@@ -269,9 +272,4 @@ impl<T: Real> RowKernel<T> for Rotate<'_> {
 fn rotated<T: Real>(x: T, y: T, cos: f32, sin: f32) -> (T, T) {
     let (x, y) = (x.to_f32(), y.to_f32());
     (rounded(x.mul_add(cos, -(y * sin))), rounded(y.mul_add(cos, x * sin)))
-}
-
-/// Room for `len` elements, or an error where `Vec` would abort.
-fn reserve<T>(v: &mut Vec<T>, len: usize) -> Result<()> {
-    v.try_reserve_exact(len).map_err(|_| Error::Overflow { operand: "rope table".into() })
 }

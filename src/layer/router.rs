@@ -37,7 +37,8 @@ pub enum RouterMode {
 /// sigmoid, renormalised `(k + 11) u`.
 ///
 /// # Errors
-/// [`Error::Empty`] if k is 0; [`Error::Extent`] unless the shapes agree and k is at most the number of experts.
+/// [`Error::Empty`] if k is 0; [`Error::Extent`] unless the shapes agree and k is at most the number of experts;
+/// [`Error::Overflow`] for more experts than 32 bits number. Nothing is written then.
 pub fn route_top_k(
     mode: RouterMode,
     logits: MatRef<'_, f32>,

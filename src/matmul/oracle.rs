@@ -6,7 +6,7 @@
 
 use super::epilogue::{Activation, MatmulOptions};
 use super::operand::Activations;
-use crate::error::{Error, Result, extent, length};
+use crate::error::{Error, Result, extent, length, mul, reserve, zeros};
 use crate::quant::{QuantizedMatrix, Scheme};
 
 /// Unit roundoff of f32.
@@ -56,7 +56,8 @@ impl Expected {
 /// add half a unit of their result each; activations multiply by their Lipschitz constant and add their own error.
 ///
 /// # Errors
-/// [`Error::Extent`] and [`Error::Length`] as [`Cpu::matmul`](crate::Cpu::matmul).
+/// [`Error::Extent`] if x and w disagree on k; [`Error::Length`] for the bias (`[n]`) or, with `accumulate`, for `previous`;
+/// [`Error::Overflow`] if `m * n` results do not fit in memory.
 pub fn matmul<'a>(
     x: impl Into<Activations<'a>>,
     w: &QuantizedMatrix<'_>,
@@ -71,15 +72,20 @@ pub fn matmul<'a>(
         length("bias", bias.len(), n)?;
     }
     if options.accumulate {
-        length("previous output", previous.len(), crate::error::mul("previous output", m, n)?)?;
+        length("previous output", previous.len(), mul("previous output", m, n)?)?;
+    }
+    let mut out = Vec::new();
+    // With k = 0 no operand's memory bounds m and n, with m or n = 0 none bounds k.
+    reserve("output", &mut out, mul("output", m, n)?)?;
+    if m == 0 || n == 0 {
+        return Ok(out);
     }
     let tile = smallest_tile(&x, w);
-    let steps = tile.min(k).div_ceil(32) as f64;
-    let blocks = if tile < usize::MAX { k.div_ceil(tile) as f64 } else { 0.0 };
+    let steps = tile.unwrap_or(k).min(k).div_ceil(32) as f64;
+    let blocks = tile.map_or(0.0, |tile| k.div_ceil(tile) as f64);
     let gamma = gamma(20.0 + steps + 2.0 * blocks);
     let alpha = f64::from(options.alpha);
-    let mut out = Vec::with_capacity(crate::error::mul("output", m, n)?);
-    let mut row = vec![0.0; k];
+    let mut row = zeros("a row of activations", k)?;
     for i in 0..m {
         for (col, x_value) in row.iter_mut().enumerate() {
             *x_value = value(&x, i, col).ok_or(Error::Overflow { operand: "activations".into() })?;
@@ -163,14 +169,11 @@ fn outer_scale(x: &Activations<'_>, row: usize, col: usize) -> f64 {
     }
 }
 
-/// Length along k of the sums between f32 scales: `usize::MAX` if scales do not change along k.
-fn smallest_tile(x: &Activations<'_>, w: &QuantizedMatrix<'_>) -> usize {
-    let tile = |scheme| match scheme {
-        Scheme::Fp8Blockwise { k, .. } => k,
-        _ => usize::MAX,
+/// Length along k of the sums between f32 scales, if scales change along k.
+fn smallest_tile(x: &Activations<'_>, w: &QuantizedMatrix<'_>) -> Option<usize> {
+    let of_weights = match w.scheme() {
+        Scheme::Fp8Blockwise { k, .. } => Some(k),
+        _ => None,
     };
-    match x {
-        Activations::Quantized(x) => tile(x.scheme()).min(tile(w.scheme())),
-        _ => tile(w.scheme()),
-    }
+    x.scale_tile().into_iter().chain(of_weights).min()
 }

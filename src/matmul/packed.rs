@@ -159,7 +159,8 @@ fn outer(w: &QuantizedMatrix<'_>) -> Outer {
         Scheme::Fp8PerChannel(_) => Outer::Channel((0..w.n()).map(|row| at(row, 0)).collect()),
         Scheme::Fp8Blockwise { n, k, .. } => {
             let row = w.k().div_ceil(k);
-            let rows = (0..w.n()).step_by(n);
+            // Without columns any number of rows fits any slice: do not walk them.
+            let rows = (0..if row == 0 { 0 } else { w.n() }).step_by(n);
             let scales = rows.flat_map(|i| (0..row).map(move |j| (i, j * k))).map(|(i, j)| at(i, j)).collect();
             Outer::Tiles { n, k, row, scales }
         }
@@ -184,11 +185,14 @@ impl Cpu<'_> {
                 because: format!("the canonical sum takes steps of {STEP}: tiles must be a multiple of it"),
             });
         }
+        // Kernels round n up to whole panels.
+        w.n().checked_next_multiple_of(LANES).ok_or(Error::Overflow { operand: "packed weights".into() })?;
         let panels = w.n().div_ceil(LANES);
         let steps = w.k().div_ceil(STEP);
         let panel = mul("packed weights", steps, record_bytes(scheme))?;
         let mut data = vec![0; mul("packed weights", panels, panel)?];
-        let mut seen = vec![Smallest::BF16; panels];
+        // One for each panel that holds anything: without columns there is no memory that would bound n.
+        let mut seen = vec![Smallest::BF16; if steps == 0 { 0 } else { panels }];
         let tier = self.tier();
         for_each_zip(self.parallelism(), (&mut data, panel), (&mut seen, 1), |p, data, seen| {
             let mut decoded = [0.0; DECODED];

@@ -137,7 +137,10 @@ impl<'a> QuantizedMatrix<'a> {
                 needed: "an NVFP4 block scale without the sign bit",
             });
         }
-        finite("global scale", &[global.get()])?;
+        // As stored and as used: an infinite divisor would be a silent zero, a tiny one an infinite multiplier.
+        for stored_or_used in [global.stored(), global.get()] {
+            finite("global scale", &[stored_or_used])?;
+        }
         Self::build(Scheme::Nvfp4, n, k, codes, Scales::Nvfp4 { block, global })
     }
 
@@ -290,10 +293,17 @@ impl<'a> QuantizedMatrix<'a> {
     /// Every `step`-th row from `start` on, at no copy: gate rows are `(0, 2)`, up rows `(1, 2)` of a gpt-oss gate-up matrix.
     ///
     /// # Errors
-    /// [`Error::Empty`] for step 0; [`Error::Index`] if `start > n`; [`Error::Unsupported`] for scales that are not of one row.
+    /// [`Error::Empty`] for step 0; [`Error::Index`] if `start > n`; [`Error::Unsupported`] for [`Scheme::Fp8Blockwise`], whose
+    /// scale tiles are of neighbouring rows.
     pub fn step_n(&self, start: usize, step: usize) -> Result<QuantizedMatrix<'a>> {
         if step == 0 {
             return Err(Error::Empty { operand: "row step".into(), axis: "n" });
+        }
+        if let Scheme::Fp8Blockwise { n, .. } = self.scheme {
+            return Err(Error::Unsupported {
+                what: format!("step_n({start}, {step}) of a matrix with scale tiles of {n} rows"),
+                because: "a scale tile is of neighbouring rows".into(),
+            });
         }
         let tail = self.slice_n(start..self.n)?;
         let strided = |s: &Strided<'a>| Strided { row: s.row.saturating_mul(step), ..*s };
@@ -302,15 +312,7 @@ impl<'a> QuantizedMatrix<'a> {
             Scales::E8m0(s) => Scales::E8m0(strided(s)),
             Scales::Nvfp4 { block, global } => Scales::Nvfp4 { block: strided(block), global: *global },
             Scales::F32 { data, row: 0 } => Scales::F32 { data: data.clone(), row: 0 },
-            Scales::F32 { data, row } if self.is_per_channel() => {
-                Scales::F32 { data: data.iter().copied().step_by(step).collect(), row: *row }
-            }
-            Scales::F32 { .. } => {
-                return Err(Error::Unsupported {
-                    what: "every second row of a block-scaled matrix".into(),
-                    because: "a scale tile spans several rows".into(),
-                });
-            }
+            Scales::F32 { data, row } => Scales::F32 { data: data.iter().copied().step_by(step).collect(), row: *row },
         };
         Ok(QuantizedMatrix { n: tail.n.div_ceil(step), codes: strided(&tail.codes), scales, ..tail })
     }
@@ -540,8 +542,7 @@ fn narrow<'a>(data: &Cow<'a, [f32]>, range: Range<usize>) -> Cow<'a, [f32]> {
 
 fn check_range(operand: &'static str, range: &Range<usize>, limit: usize) -> Result<()> {
     if range.end > limit || range.start > range.end {
-        let got = range.end.max(range.start).min(i64::MAX as usize) as i64;
-        return Err(Error::Index { operand: operand.into(), at: 0, got, limit: limit.saturating_add(1) });
+        return Err(Error::index(operand, 0, range.end.max(range.start), limit.saturating_add(1)));
     }
     Ok(())
 }

@@ -36,7 +36,9 @@ impl QuantizationError {
         let mut report =
             QuantizationError { max_abs: 0.0, rms: 0.0, sqnr_db: 0.0, clipped: 0, compared: 0, non_finite: 0 };
         let (mut signal, mut noise) = (0.0, 0.0);
-        for row in 0..quantized.n() {
+        // Without columns any number of rows fits any slice: do not walk them.
+        let rows = if quantized.k() == 0 { 0 } else { quantized.n() };
+        for row in 0..rows {
             for (col, x) in original.row(row).unwrap_or_default().iter().enumerate() {
                 let x = f64::from(x.to_f32());
                 let q = quantized.value(row, col).unwrap_or(f64::NAN);

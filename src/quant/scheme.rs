@@ -112,6 +112,11 @@ impl GlobalScale {
         GlobalScale { stored: scale, divides: true }
     }
 
+    /// What the checkpoint stores, in its own direction.
+    pub(crate) const fn stored(self) -> f32 {
+        self.stored
+    }
+
     /// The multiplier: as stored, or the f32 nearest the reciprocal of a divisor.
     pub const fn get(self) -> f32 {
         if self.divides { 1.0 / self.stored } else { self.stored }

@@ -124,7 +124,8 @@ fn bf16_activations_are_as_good_as_the_official_bf16() {
 fn chunks_and_threads_do_not_change_bits() {
     let (_, prompt, _) = reference();
     with_model("tiny-gpt-oss", |model| {
-        for kv in KV_FORMATS {
+        // Blocks run along head_dim: a format of longer blocks is none for this model.
+        for kv in KV_FORMATS.into_iter().filter(|kv| model.config.head_dim.is_multiple_of(kv.block())) {
             let whole = bits(&Run::new(kv).of::<bf16>(model, &prompt).0);
             for (chunk, threads) in [(1, 1), (7, 3), (16, 1), (33, 2)] {
                 let logits = Run { chunk, threads, ..Run::new(kv) }.of::<bf16>(model, &prompt).0;

@@ -81,8 +81,7 @@ impl Nvfp4 {
         let (Some(codes), Some(scales)) =
             (self.codes.chunks_exact(codes).nth(e), self.scales.chunks_exact(scales).nth(e))
         else {
-            let got = e.try_into().unwrap_or(i64::MAX);
-            return Err(Error::Index { operand: self.name.clone().into(), at: 0, got, limit: self.experts() });
+            return Err(Error::index(self.name.clone(), 0, e, self.experts()));
         };
         let global = self.global.get(e).or(self.global.first()).copied().unwrap_or(f32::NAN);
         QuantizedMatrix::nvfp4(self.n, self.k, codes, scales, GlobalScale::multiplier(global))

@@ -166,8 +166,7 @@ impl<'a> GptOss<'a> {
     pub fn layer(&self, i: usize) -> Result<GptOssLayer<'a>> {
         let c = &self.config;
         if i >= c.num_hidden_layers {
-            let got = i.try_into().unwrap_or(i64::MAX);
-            return Err(Error::Index { operand: "layer".into(), at: 0, got, limit: c.num_hidden_layers });
+            return Err(Error::index("layer", 0, i, c.num_hidden_layers));
         }
         let name = |hugging_face: &str, original: &str| self.layer_name(i, hugging_face, original);
         let hidden = c.hidden_size;
