@@ -26,7 +26,7 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from matmul_tiles import BANK, BANKS, PARTITIONS, ceil_div, drain, psum_banks, spread_row
+from matmul_tiles import BANK, BANKS, PARTITIONS, ceil_div, clear, column_block, drain, psum_banks, spread_row
 
 # Bytes of a partition given to weights (twice: the next column block loads while this one works) and to activations.
 WEIGHT_BYTES = 64 * 1024
@@ -83,7 +83,7 @@ def load_rows(x, fp8, row, m, k, halves, banks, turn):
         have = min(PIECE, k - start)
         rows = nl.ndarray((m, width), nl.bfloat16, buffer=nl.sbuf)
         if have < width:
-            nisa.memset(dst=rows[:, have:width], value=0.0)
+            clear(rows[:, have:width])
         nisa.dma_copy(dst=rows[:, 0:have], src=codes[row : row + m, start : start + have])
         per_bank = 2 * BANK // PARTITIONS
         for first in range(0, width // PARTITIONS, per_bank):
@@ -215,16 +215,6 @@ def block_sums(total, rows, weights, chunk, factors, halves, banks, turn):
     return turn
 
 
-def column_block(tiles, halves):
-    """Columns of w worked on together: four PSUM banks, or fewer if the weights must stay for many row tiles."""
-    if tiles == 1:
-        return 4 * BANK
-    for columns in (4 * BANK, 2 * BANK, BANK, BANK // 2):
-        if columns * halves <= WEIGHT_BYTES:
-            return columns
-    return BANK // 4
-
-
 @nki.jit
 def matmul_fp8(
     x,
@@ -263,7 +253,7 @@ def matmul_fp8(
     group = min(ceil_div(m_all, PARTITIONS), resident) * PARTITIONS
     for group_row in range(0, m_all, group):
         tiles = ceil_div(min(group, m_all - group_row), PARTITIONS)
-        step = column_block(tiles, halves)
+        step = column_block(tiles, halves, WEIGHT_BYTES)
         ahead = STREAM_AHEAD if tiles == 1 else chunks
         spread_rows = min(PARTITIONS, m_all - group_row)
         total_loads = ceil_div(n_all, step) * chunks

@@ -25,7 +25,19 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from matmul_tiles import BANK, BANKS, PARTITIONS, ceil_div, drain, load_scales, psum_banks, quantize_rows, spread_row
+from matmul_tiles import (
+    BANK,
+    BANKS,
+    PARTITIONS,
+    ceil_div,
+    clear,
+    column_block,
+    evict,
+    load_scales,
+    psum_banks,
+    quantize_rows,
+    spread_row,
+)
 
 # Bytes of a partition given to weights (twice: the next column block loads while this one works) and to activations.
 WEIGHT_BYTES = 64 * 1024
@@ -92,9 +104,9 @@ def quantized_rows(x, kind, row, m, tiles, banks, turn):
         have = min(width, k - 512 * first)
         rows = nl.ndarray((even, width), nl.bfloat16, buffer=nl.sbuf)
         if even > m:
-            nisa.memset(dst=rows, value=0.0)
+            clear(rows)
         elif have < width:
-            nisa.memset(dst=rows[:, have:width], value=0.0)
+            clear(rows[:, have:width])
         nisa.dma_copy(dst=rows[0:m, 0:have], src=x[row : row + m, 512 * first : 512 * first + have])
         turn = quantize_rows(rows, first, data, scale, banks, turn)
     return data, scale, turn
@@ -115,24 +127,6 @@ def load_weights(w, kind, t, start, n):
     return tile
 
 
-def column_block(row_tiles, tiles, word):
-    """Columns of w worked on together: four PSUM banks, or fewer if the weights must stay for many row tiles."""
-    if row_tiles == 1:
-        return 4 * BANK
-    for columns in (4 * BANK, 2 * BANK, BANK, BANK // 2):
-        if columns * tiles * word <= WEIGHT_BYTES:
-            return columns
-    return BANK // 4
-
-
-def evict(dst, acc, bias, turn):
-    """dst = acc + bias, PSUM to SBUF; without bias the two engines that reach PSUM take turns."""
-    if bias != None:  # noqa: E711
-        nisa.tensor_tensor(dst=dst, data1=acc, data2=bias, op=nl.add)
-    else:
-        nisa.tensor_copy(dst=dst, src=acc, engine=drain(turn))
-
-
 @nki.jit
 def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element="e2m1", x_element="e4m3fn", out="bf16"):
     """y = x @ w + bias; see the module's docstring."""
@@ -151,7 +145,7 @@ def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element=
     group = min(ceil_div(m_all, PARTITIONS), resident) * PARTITIONS
     for group_row in range(0, m_all, group):
         row_tiles = ceil_div(min(group, m_all - group_row), PARTITIONS)
-        step = column_block(row_tiles, tiles, word)
+        step = column_block(row_tiles, tiles * word, WEIGHT_BYTES)
         ahead = STREAM_AHEAD if row_tiles == 1 else tiles
         spread_rows = min(PARTITIONS, m_all - group_row)
         blocks = ceil_div(n_all, step)

@@ -28,6 +28,24 @@ def psum_banks():
     return banks
 
 
+def clear(tile):
+    """Zeros, by GpSimd: the other engines have a queue of work that the next DMA would wait for."""
+    nisa.memset(dst=tile, value=0.0, engine=nisa.engine.gpsimd)
+
+
+def column_block(row_tiles, column_bytes, budget):
+    """Columns of w worked on together: four PSUM banks, or fewer if weights that stay for many row tiles would not fit.
+
+    `column_bytes` are the bytes of one column in one partition, over all of k; `budget` is what weights may take.
+    """
+    if row_tiles == 1:
+        return 4 * BANK
+    for columns in (4 * BANK, 2 * BANK, BANK, BANK // 2):
+        if columns * column_bytes <= budget:
+            return columns
+    return BANK // 4
+
+
 def drain(turn):
     """The engine that empties PSUM this time: ScalarE and VectorE alternate, one alone would be slower than TensorE."""
     return nisa.engine.scalar if turn % 2 == 0 else nisa.engine.vector
@@ -36,12 +54,21 @@ def drain(turn):
 def spread_row(row, start, n, rows, banks, turn):
     """Elements start..start+n of the HBM tensor `row` [1, C] in each of `rows` partitions, as float32; returns (tile, turn).
 
-    By TensorE: ones.T @ row has one product in each sum, so it is exact, and DMA moves the row once instead of `rows` times.
+    DMA moves the row once instead of `rows` times.
     """
-    ones = nl.ndarray((1, rows), row.dtype, buffer=nl.sbuf)
-    nisa.memset(dst=ones, value=1.0)
     line = nl.ndarray((1, n), row.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=line, src=row[0:1, start : start + n])
+    return spread_line(line, rows, banks, turn)
+
+
+def spread_line(line, rows, banks, turn):
+    """The SBUF row `line` [1, n] in each of `rows` partitions, as float32; returns (tile, turn).
+
+    By TensorE: ones.T @ line has one product in each sum, so it is exact.
+    """
+    n = line.shape[1]
+    ones = nl.ndarray((1, rows), line.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=ones, value=1.0, engine=nisa.engine.gpsimd)
     tile = nl.ndarray((rows, n), nl.float32, buffer=nl.sbuf)
     for first in range(0, n, BANK):
         width = min(BANK, n - first)
@@ -56,6 +83,14 @@ def spread_row(row, start, n, rows, banks, turn):
         nisa.tensor_copy(dst=tile[:, first : first + width], src=bank[0:rows, 0:width], engine=drain(turn))
         turn += 1
     return tile, turn
+
+
+def evict(dst, acc, bias, turn):
+    """dst = acc + bias, PSUM to SBUF; without bias the two engines that reach PSUM take turns."""
+    if bias != None:  # noqa: E711  (NKI has no `is`)
+        nisa.tensor_tensor(dst=dst, data1=acc, data2=bias, op=nl.add)
+    else:
+        nisa.tensor_copy(dst=dst, src=acc, engine=drain(turn))
 
 
 def load_scales(scales, tiles, start, n):

@@ -11,20 +11,34 @@ EMAX = {"e4m3fn": 8, "e5m2": 15, "e2m1": 2}
 TOP = {"e4m3fn": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 
 
-def quantize(x, element: str, rule: str = "neuron"):
-    """Codes [M, K] uint8 and scale bytes [M, K/32] of x in groups of 32 along K.
+def scale_byte(top, element: str, rule: str):
+    """Scale byte of a group whose largest magnitude is `top`.
 
-    The scale exponent is that of the largest magnitude minus EMAX - 1 (`neuron`, NKI 0.5 and later: nothing saturates) or
-    minus EMAX (`ocp`: what exceeds the range is clamped), not below byte 0; elements round to nearest even.
+    The exponent is that of `top` minus EMAX - 1 (`neuron`, NKI 0.5 and later: nothing saturates) or minus EMAX (`ocp`: what
+    exceeds the range is clamped), not below byte 0.
     """
-    x = np.asarray(x, np.float64)
-    groups = x.reshape(x.shape[0], -1, 32)
-    top = np.abs(groups).max(axis=2)
     exponent = np.where(top > 0, np.frexp(top)[1] - 1, -10_000)
-    byte = np.clip(exponent + 127 - EMAX[element] + (1 if rule == "neuron" else 0), 0, 254)
-    scaled = np.ldexp(groups, -(byte[..., None] - 127))
+    return np.clip(exponent + 127 - EMAX[element] + (1 if rule == "neuron" else 0), 0, 254).astype(np.uint8)
+
+
+def encode(x, scale, element: str):
+    """Codes of x [M, K] under scale bytes [M, K/32], to nearest even, clamped to the largest value."""
+    groups = np.asarray(x, np.float64).reshape(x.shape[0], -1, 32)
+    scaled = np.ldexp(groups, 127 - scale.astype(np.int64)[..., None])
     values = np.clip(scaled, -TOP[element], TOP[element]).astype(np.float32)
-    return values.astype(ELEMENTS[element]).view(np.uint8).reshape(x.shape), byte.astype(np.uint8)
+    return values.astype(ELEMENTS[element]).view(np.uint8).reshape(x.shape)
+
+
+def quantize(x, element: str, rule: str = "neuron"):
+    """Codes [M, K] uint8 and scale bytes [M, K/32] of x in groups of 32 along K."""
+    x = np.asarray(x, np.float64)
+    scale = scale_byte(np.abs(x).reshape(x.shape[0], -1, 32).max(axis=2), element, rule)
+    return encode(x, scale, element), scale
+
+
+def with_scale(x, scale, element: str):
+    """x rounded to the grid of its groups' scales."""
+    return dequantize(encode(x, scale, element), scale, element)
 
 
 def dequantize(codes, scale, element: str):
