@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release --features emulator --example cost -- kernels/programs/matmul_mx.mxfp4.json [--chip trn3] [--path]
 //!
-//! `kernels/trace.py` makes programs of other shapes.
+//! `python kernels/trace.py --large DIR` makes programs of large shapes.
 
 use clap::Parser;
 use std::path::PathBuf;

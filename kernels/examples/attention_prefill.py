@@ -23,11 +23,11 @@ CASES = {
 
 def examples() -> list[Example]:
     """One for each case."""
-    return [_example(name, i) for i, name in enumerate(CASES)]
+    return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
 
 
-def _example(name: str, seed: int) -> Example:
-    target, batch, sq, sk, hq, hkv, d, sp, used, with_sinks, causal, window = CASES[name]
+def _example(name: str, case: tuple, seed: int) -> Example:
+    target, batch, sq, sk, hq, hkv, d, sp, used, with_sinks, causal, window = case
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     args = {

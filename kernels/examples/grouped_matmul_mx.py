@@ -13,11 +13,11 @@ CASES = {"mxfp4": ((0, 2, 7), 4, 64, 96, "e2m1", "bf16")}
 
 def examples() -> list[Example]:
     """One for each case."""
-    return [_example(name, i) for i, name in enumerate(CASES)]
+    return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
 
 
-def _example(name: str, seed: int) -> Example:
-    offsets, slots, hidden, inter, element, out = CASES[name]
+def _example(name: str, case: tuple, seed: int) -> Example:
+    offsets, slots, hidden, inter, element, out = case
     rng = np.random.default_rng(seed)
     experts, rows = len(offsets) - 1, offsets[-1]
     gate_up, down = [], []
