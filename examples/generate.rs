@@ -18,6 +18,9 @@ use trn_kernels::kv::KvFormat;
 use trn_kernels::num::{Fp8, Real};
 use trn_kernels::{Cpu, Parallelism, layer};
 
+/// Most threads that are started: beyond this a number is a slip of the keyboard.
+const MAX_THREADS: usize = 1024;
+
 /// Generate tokens from a gpt-oss checkpoint on the CPU, greedily.
 ///
 /// Generated token ids go to standard output, separated by spaces; everything else goes to standard error. The checkpoint is
@@ -107,8 +110,11 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         Some(threads) => threads,
         None => std::thread::available_parallelism()?.get(),
     };
-    if threads == 0 || args.prefill_chunk == 0 {
-        return Err("--threads and --prefill-chunk must be at least 1".into());
+    if !(1..=MAX_THREADS).contains(&threads) {
+        return Err(format!("--threads: got {threads}, needed 1 to {MAX_THREADS}").into());
+    }
+    if args.prefill_chunk == 0 {
+        return Err("--prefill-chunk: got 0, needed at least 1".into());
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
     let cpu = Cpu::detect().with_parallelism(Parallelism::Pool(&pool));
@@ -142,7 +148,8 @@ fn generate<T: Real>(
     output: Option<LogitsFile>,
 ) -> Result<(), Box<dyn Error>> {
     let kv = args.kv.unwrap_or(if args.acts == Acts::F32 { Kv::F32 } else { Kv::Bf16 });
-    let mut session = Session::<T>::new(model, cpu, args.acts == Acts::Mxfp8, kv.format(), prompt.len() + args.steps)?;
+    let room = prompt.len().checked_add(args.steps).ok_or("--steps: too many to count together with the prompt")?;
+    let mut session = Session::<T>::new(model, cpu, args.acts == Acts::Mxfp8, kv.format(), room)?;
     let vocab = model.config.vocab_size;
     let (mut logits, mut all_logits) = (vec![], vec![]);
 
@@ -237,6 +244,9 @@ struct LogitsFile {
 
 impl LogitsFile {
     fn create(path: &Path) -> Result<Self, Box<dyn Error>> {
+        if path.is_dir() {
+            return Err(format!("{}: is a folder, needed a file", path.display()).into());
+        }
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let temporary = tempfile::NamedTempFile::new_in(folder).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok(LogitsFile { temporary, path: path.into() })
@@ -250,7 +260,7 @@ impl LogitsFile {
             ("generated", TensorView::new(Dtype::I64, vec![generated.len()], &ids)?),
         ];
         safetensors::serialize_to_file(tensors, None, self.temporary.path())?;
-        self.temporary.persist(&self.path)?;
+        self.temporary.persist(&self.path).map_err(|e| format!("{}: {}", self.path.display(), e.error))?;
         eprintln!("wrote {}", self.path.display());
         Ok(())
     }

@@ -8,7 +8,7 @@ use random::{RandomMatrix, Rng, SCHEMES};
 use trn_kernels::matmul::oracle::{self, OutputType};
 use trn_kernels::matmul::{Activation, Activations, MatmulOptions, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::num::{Fp8, Real};
-use trn_kernels::quant::{QuantizedExperts, QuantizedMatrix, Scheme};
+use trn_kernels::quant::{QuantizationError, QuantizedExperts, QuantizedMatrix, Scheme};
 use trn_kernels::{Cpu, Error, MatMut, MatRef, Parallelism, Workspace};
 
 fn run(cpu: Cpu<'_>, x: Activations<'_>, w: &PackedMatrix, options: &MatmulOptions<'_>) -> Vec<f32> {
@@ -140,6 +140,59 @@ fn every_scheme_and_activation_within_the_bound() {
             }
         }
     }
+}
+
+/// k that ends inside a step and inside a scale tile, and tiles longer than k, which need not fall on steps.
+#[test]
+fn ragged_k_within_the_bound() {
+    let mut rng = Rng(11);
+    let tiles = [(128, 128), (1, 128), (24, 64), (3, 32), (2, 200), (2, 208)];
+    let tiled = tiles.map(|(n, k)| Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n, k });
+    let untiled = [Scheme::Bf16, Scheme::Fp8PerTensor(Fp8::E5M2), Scheme::Fp8PerChannel(Fp8::E3M4)];
+    for scheme in tiled.into_iter().chain(untiled) {
+        for (m, n, k) in [(1, 3, 1), (2, 17, 31), (3, 5, 40), (2, 9, 130), (1, 4, 200)] {
+            let w = RandomMatrix::new(&mut rng, scheme, n, k, 4);
+            let w = w.view();
+            let what = format!("{scheme:?} {m}x{n}x{k}");
+            let f: Vec<f32> = rng.wide(m * k, -3..=3);
+            let options = MatmulOptions::default();
+            check_against_oracle(MatRef::new(&f, m, k).unwrap().into(), &w, &options, &what);
+            for of_x in [scheme, Scheme::Fp8PerChannel(Fp8::E4M3Fn)] {
+                let x = RandomMatrix::new(&mut rng, of_x, m, k, 4);
+                check_against_oracle((&x.view()).into(), &w, &options, &format!("{of_x:?} x {what}"));
+            }
+        }
+    }
+}
+
+/// f32 scales whose products with sums, or with each other, leave f32's normal range on the way to results inside it.
+#[test]
+fn scales_at_the_ends_of_f32_within_the_bound() {
+    let mut rng = Rng(12);
+    let tiled = Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 1, k: 32 };
+    let (m, n, k) = (2, 20, 96);
+    for scheme in [Scheme::Fp8PerTensor(Fp8::E5M2), Scheme::Fp8PerChannel(Fp8::E4M3Fn), tiled] {
+        for (of_x, of_w) in [(1e30, 1e-30), (3e38, 1e-38), (1e-38, 3e38), (1e-25, 1e-25), (1e-20, 1e-22), (1e25, 1e25)]
+        {
+            let mut x = RandomMatrix::new(&mut rng, scheme, m, k, 4);
+            let mut w = RandomMatrix::new(&mut rng, scheme, n, k, 4);
+            x.floats.fill(of_x);
+            w.floats.fill(of_w);
+            let what = format!("{scheme:?}, scales {of_x:e} and {of_w:e}");
+            check_against_oracle((&x.view()).into(), &w.view(), &MatmulOptions::default(), &what);
+        }
+    }
+}
+
+/// An exact infinity is no licence: only the same infinity is admitted.
+#[test]
+fn the_oracle_admits_no_number_for_infinity() {
+    let x = [f32::INFINITY, 1.0];
+    let w = QuantizedMatrix::bf16(1, 2, &[0x80, 0x3F, 0x80, 0x3F]).unwrap();
+    let x = MatRef::new(&x, 1, 2).unwrap();
+    let expected = oracle::matmul(x, &w, &MatmulOptions::default(), &[], OutputType::F32).unwrap()[0];
+    assert!(expected.admits(f64::INFINITY));
+    assert!([5.0, f64::NEG_INFINITY, f64::NAN].iter().all(|y| !expected.admits(*y)));
 }
 
 /// Cancellation and huge magnitudes: the sum is small, the terms are not.
@@ -377,4 +430,19 @@ fn impossible_extents() {
     let empty = MatRef::new(none, 0, usize::MAX / 64).unwrap();
     let y = MatMut::new(&mut [] as &mut [f32], 0, 0).unwrap();
     assert!(Cpu::detect().matmul(empty, &packed, y, &options, &mut Workspace::new()).is_ok());
+
+    // Rows without columns take no memory, so there can be any number of them: nothing may walk or count them.
+    let tall = QuantizedMatrix::fp8_blockwise(Fp8::E4M3Fn, usize::MAX, 0, &[], vec![], (1, 32)).unwrap();
+    let packed = Cpu::detect().pack(&tall).unwrap();
+    let y = MatMut::new(&mut [] as &mut [f32], 0, usize::MAX).unwrap();
+    let x = MatRef::new(none, 0, 0).unwrap();
+    assert!(Cpu::detect().matmul(x, &packed, y, &options, &mut Workspace::new()).is_ok());
+    let x = MatRef::new(none, usize::MAX, 0).unwrap();
+    assert!(QuantizationError::measure(x, &tall).is_ok_and(|e| e.compared == 0));
+    assert!(matches!(oracle::matmul(x, &tall, &options, &[], OutputType::F32), Err(Error::Overflow { .. })));
+    let flat = QuantizedMatrix::bf16(0, 0, &[]).unwrap();
+    assert_eq!(oracle::matmul(x, &flat, &options, &[], OutputType::F32), Ok(vec![]));
+    let half = MatRef::new(none, 1 << 31, 0).unwrap();
+    let other = QuantizedMatrix::bf16(1 << 31, 0, &[]).unwrap();
+    assert!(matches!(oracle::matmul(half, &other, &options, &[], OutputType::F32), Err(Error::Overflow { .. })));
 }

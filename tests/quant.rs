@@ -505,6 +505,9 @@ fn what_is_refused_says_why() {
 
 #[test]
 fn global_scales_keep_their_direction() {
+    // An infinite divisor would be a multiplier of 0, and every value silently 0.
+    let infinite = QuantizedMatrix::nvfp4(1, 16, &[0; 8], &[0], GlobalScale::divisor(f32::INFINITY));
+    assert_eq!(infinite.unwrap_err().to_string(), "global scale[0]: got inf, needed a finite scale");
     let (m, d) = (GlobalScale::multiplier(3.0), GlobalScale::divisor(3.0));
     assert_eq!((m.get(), m.get_divisor()), (3.0, 1.0 / 3.0));
     assert_eq!((d.get(), d.get_divisor()), (1.0 / 3.0, 3.0));

@@ -75,7 +75,12 @@ impl<'a> Model<'a> {
             None => RopeScaling::None,
             Some(yarn) => RopeScaling::Yarn {
                 factor: yarn.factor,
-                original_context: yarn.original_context as u32,
+                original_context: u32::try_from(yarn.original_context).map_err(|_| Error::Value {
+                    operand: "rope original context".into(),
+                    at: 0,
+                    got: yarn.original_context.to_string(),
+                    needed: "a number of tokens below 2^32",
+                })?,
                 beta_fast: yarn.beta_fast,
                 beta_slow: yarn.beta_slow,
                 truncate: yarn.truncate,

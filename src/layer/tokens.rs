@@ -6,7 +6,8 @@ use crate::num::{Real, rounded};
 use crate::quant::QuantizedMatrix;
 use crate::view::MatMut;
 
-/// `out[i, :] = table[tokens[i], :]`, each value rounded once to `U` (bf16 tables are exact in f32 and bf16).
+/// `out[i, :] = table[tokens[i], :]`: each value as f32 (rounded only where an f32 scale makes it inexact), then rounded to `U`.
+/// bf16 tables are exact in f32 and bf16.
 ///
 /// `table`: `[vocab, k]` of any scheme ([`QuantizedMatrix::bf16`] borrows a checkpoint's bytes). `tokens`: m ids.
 /// `out`: `[m, k]`.

@@ -87,7 +87,7 @@ impl Plan {
         let threads = cpu.parallelism().threads();
         let wanted = if threads == 1 { 1 } else { threads * 4 };
         let task_panels = panels.div_ceil(wanted).max(1);
-        let rows = (MAX_SUMS / (panels * LANES).max(1)).clamp(1, MAX_ROWS).min(m.max(1));
+        let rows = (MAX_SUMS / panels.saturating_mul(LANES).max(1)).clamp(1, MAX_ROWS).min(m.max(1));
         Ok(Plan { rows, task_panels, tasks: panels.div_ceil(task_panels), tile })
     }
 
@@ -190,7 +190,9 @@ impl Block<'_> {
         };
         for start in (0..w.k()).step_by(tile) {
             part.fill([0.0; LANES]);
-            self.sum(panel, start, start.saturating_add(tile).min(padded_k), decoded, part);
+            // The last tile may end off a step: it takes the padding too, which is zero.
+            let end = start.saturating_add(tile);
+            self.sum(panel, start, if end < w.k() { end } else { padded_k }, decoded, part);
             let tiled = x.scale_tile().is_some();
             for (i, scale) in row_scales.iter_mut().enumerate() {
                 *scale = if tiled { x.outer_scale(self.rows.source(self.first + i), start) } else { 1.0 };

@@ -136,4 +136,10 @@ fn absurd_extents_are_refused_or_do_nothing() {
     let out = AttentionOut { out: HeadsMut::new(&mut [] as &mut [f32], 0, 1, huge).unwrap(), lse: None };
     assert_eq!(Cpu::detect().prefill(&spec, queries, kv, out, &mut Workspace::new()), Ok(()));
     assert!(oracle::prefill(&spec, queries, kv).unwrap().out.is_empty());
+
+    // Values of no token take no memory however wide they are; the oracle's results would.
+    let spec = AttentionSpec { head_dim_vo: huge, ..AttentionSpec::new(1, 1, 1) };
+    let queries = Queries { q: HeadsRef::new(&[1.0f32], 1, 1, 1).unwrap(), indptr: &[0, 1], sinks: None };
+    let kv = RaggedKv { k: HeadsRef::new(empty, 0, 1, 1).unwrap(), v: heads, indptr: &[0, 0] };
+    assert!(matches!(oracle::prefill(&spec, queries, kv), Err(Error::Overflow { .. })));
 }
