@@ -559,6 +559,8 @@ fn operands_of_another_shape_version_or_length_are_refused() {
         PackedRows::from_parts("", channel, vec![0; bytes], vec![1.0; 32]),
         Err(Error::Unsupported { .. })
     ));
+    let nan = PackedRows::from_parts(RowsLayout::NAME, channel, vec![0; bytes], vec![f32::NAN; 32]);
+    assert_eq!(text(nan), "f32 scales[0]: got NaN, needed a finite scale");
     // A scale that cannot be doubled.
     let huge = QuantizedMatrix::fp8_per_tensor(Fp8::E4M3Fn, 32, 32, &codes, 3e38).unwrap();
     let halved = RowsLayout::of(&huge, RowElement::Fp8(Fp8::E4M3Ieee)).unwrap().pack(&huge, SERIAL);

@@ -547,7 +547,8 @@ fn check_range(operand: &'static str, range: &Range<usize>, limit: usize) -> Res
     Ok(())
 }
 
-fn finite(operand: &'static str, scales: &[f32]) -> Result<()> {
+/// Asks that f32 scales be numbers.
+pub(crate) fn finite(operand: &'static str, scales: &[f32]) -> Result<()> {
     match scales.iter().position(|s| !s.is_finite()) {
         None => Ok(()),
         Some(at) => {

@@ -20,7 +20,7 @@ pub use encode::encode_mx_block;
 pub(crate) use encode::pack_nibbles;
 pub use experts::QuantizedExperts;
 pub use matrix::QuantizedMatrix;
-pub(crate) use matrix::same_k;
+pub(crate) use matrix::{finite, same_k};
 pub use nvfp4::{Nvfp4Rule, encode_nvfp4_block, encode_ue4m3};
 pub use quantize::{QuantizeOptions, quantize, quantize_into};
 pub use repack::{mxfp4_from_gguf, mxfp4_to_gguf, nvfp4_from_gguf, repack_nibbles};

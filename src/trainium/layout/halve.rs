@@ -4,27 +4,27 @@
 use crate::error::{Error, Result};
 use crate::num::{BridgeReport, halve_for_ieee};
 
-/// The bridge of [`halve_for_ieee`] for all 256 codes.
-pub(super) struct Halving {
-    code: [u8; 256],
-    rounds: [bool; 256],
-}
+/// The bridge of [`halve_for_ieee`] for all 256 codes: the new code in the low byte, 1 in the high byte if it rounded.
+pub(super) struct Halving([u16; 256]);
 
 impl Halving {
     pub(super) fn new() -> Self {
-        let mut code: [u8; 256] = std::array::from_fn(|c| c as u8);
-        let rounds = std::array::from_fn(|c| halve_for_ieee(&mut code[c..=c]).rounded > 0);
-        Halving { code, rounds }
+        Halving(std::array::from_fn(|code| {
+            let mut byte = [code as u8];
+            let rounded = halve_for_ieee(&mut byte).rounded;
+            u16::from_le_bytes([byte[0], u8::from(rounded > 0)])
+        }))
     }
 
     /// Halves in place; the number of codes that rounded.
     pub(super) fn apply(&self, codes: &mut [u8]) -> usize {
         let mut rounded = 0;
         for code in codes {
-            rounded += usize::from(self.rounds[usize::from(*code)]);
-            *code = self.code[usize::from(*code)];
+            let [new, rounds] = self.0[usize::from(*code)].to_le_bytes();
+            *code = new;
+            rounded += u32::from(rounds);
         }
-        rounded
+        rounded as usize
     }
 
     /// The report for `codes` codes of which `rounded` rounded: none can overflow.

@@ -14,8 +14,10 @@ pub(super) const GROUP: usize = 32;
 const QUAD: usize = 4;
 /// Elements along k of a tile: 128 partitions x 4.
 const TILE: usize = 512;
+/// Scale groups of a tile.
+pub(super) const TILE_GROUPS: usize = TILE / GROUP;
 /// Scale groups of a tile in one quadrant of 32 partitions.
-pub(super) const GROUPS: usize = 4;
+const GROUPS: usize = 4;
 /// Tiles whose scales share the 128 partitions of a scale tile: row offsets 0, 4, 8, 12.
 const SHARING: usize = 4;
 /// Live scale rows of a quadrant.
@@ -244,9 +246,9 @@ impl MxLayout {
         inside.then(|| (at.row * tiles + at.tile) * columns + at.column)
     }
 
-    /// Row of `[64, S]` that holds the scales of group `group` (0..4) of a quadrant of a tile.
-    pub(super) fn scale_row(&self, tile: usize, quadrant: usize, group: usize) -> usize {
-        let row = quadrant * LIVE + tile % SHARING * GROUPS + group;
+    /// Row of `[64, S]` that holds the scales of group `group`, 0..16, of a tile.
+    pub(super) fn scale_row(&self, tile: usize, group: usize) -> usize {
+        let row = group / GROUPS * LIVE + tile % SHARING * GROUPS + group % GROUPS;
         row * self.words.tiles.div_ceil(SHARING) + tile / SHARING
     }
 }

@@ -1,13 +1,13 @@
 //! Packing into `mx-quads/1` and back.
 #![forbid(unsafe_code)]
 
-use super::mx::{GROUP, GROUPS, MxElement, MxLayout, MxPlace, MxScalePlace};
-use super::words::{QUADRANTS, strips};
+use super::mx::{GROUP, MxElement, MxLayout, MxPlace, MxScalePlace, TILE_GROUPS};
+use super::words::strips;
 use super::{ColumnOrder, GateUp, check_name, check_weight, filled};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
 use crate::num::E8M0;
-use crate::quant::{GlobalScale, QuantizedExperts, QuantizedMatrix, QuantizedMatrixBuf, Scheme};
+use crate::quant::{GlobalScale, QuantizedExperts, QuantizedMatrix, QuantizedMatrixBuf, Scheme, finite};
 
 /// The scale of padding and of weights without block scales.
 const ONE: u8 = E8M0::ONE.to_bits();
@@ -43,10 +43,10 @@ impl MxLayout {
         self.words.pack(self.columns(), parallelism, data, &mut rows, |rows, piece, bytes| {
             let Some(n) = piece.channel else { return bytes.fill(0) };
             w.copy_codes(n, piece.first, bytes);
-            let mut groups = [ONE; GROUPS];
+            let mut groups = [ONE; TILE_GROUPS];
             w.copy_block_scales(n, piece.first / GROUP, &mut groups);
             for (group, scale) in groups.into_iter().enumerate() {
-                rows[self.scale_row(piece.tile, piece.quadrant, group)][piece.column] = scale;
+                rows[self.scale_row(piece.tile, group)][piece.column] = scale;
             }
         })
     }
@@ -83,7 +83,7 @@ impl PackedMx {
     /// `outer_scales`: none for MX schemes, `[1]` per tensor, `[C]` per channel.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for another layout or version; [`Error::Length`].
+    /// [`Error::Unsupported`] for another layout or version; [`Error::Length`]; [`Error::Value`] for a scale that is not finite.
     pub fn from_parts(
         name: &str,
         layout: MxLayout,
@@ -100,6 +100,7 @@ impl PackedMx {
             _ => 0,
         };
         length("f32 scales", outer_scales.len(), needed)?;
+        finite("f32 scales", &outer_scales)?;
         Ok(PackedMx { layout, data, scales, outer_scales })
     }
 
@@ -151,9 +152,8 @@ impl PackedMx {
             for (n, row) in block_scales.chunks_exact_mut(k / GROUP).enumerate() {
                 let column = columns.column(n).unwrap_or_default();
                 for (group, scale) in row.iter_mut().enumerate() {
-                    let (tile, quadrant) = (group / (QUADRANTS * GROUPS), group / GROUPS % QUADRANTS);
-                    *scale =
-                        self.scales[self.layout.scale_row(tile, quadrant, group % GROUPS) * columns.count() + column];
+                    let row = self.layout.scale_row(group / TILE_GROUPS, group % TILE_GROUPS);
+                    *scale = self.scales[row * columns.count() + column];
                 }
             }
         }

@@ -7,7 +7,7 @@ use super::{check_name, check_weight, filled};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
 use crate::num::BridgeReport;
-use crate::quant::{GlobalScale, QuantizedMatrix, QuantizedMatrixBuf, Scheme};
+use crate::quant::{GlobalScale, QuantizedMatrix, QuantizedMatrixBuf, Scheme, finite};
 use std::borrow::Cow;
 
 /// A weight in [`RowsLayout`]: the tensors to write to HBM.
@@ -102,11 +102,12 @@ impl PackedRows {
     /// them.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for another layout or version; [`Error::Length`].
+    /// [`Error::Unsupported`] for another layout or version; [`Error::Length`]; [`Error::Value`] for a scale that is not finite.
     pub fn from_parts(name: &str, layout: RowsLayout, data: Vec<u8>, scales: Vec<f32>) -> Result<Self> {
         check_name(name, RowsLayout::NAME)?;
         length("packed data", data.len(), layout.data_bytes())?;
         length("f32 scales", scales.len(), layout.scale_count()?)?;
+        finite("f32 scales", &scales)?;
         Ok(PackedRows { layout, data, scales })
     }
 

@@ -1,7 +1,7 @@
 //! The transposition under every weight layout: rows of words along k become `[128 partitions, tiles, columns]` words.
 //!
-//! Work is cut into strips of 256 columns. A thread reads the strip's channels from front to back, which stay in its cache until
-//! their last word is used, and writes runs of 256 words: both sides of the transposition see long rows.
+//! Work is cut into strips of 512 columns. A thread reads a whole tile of a channel at a time and writes rows of the strip: both
+//! sides of the transposition see long runs.
 #![forbid(unsafe_code)]
 
 use super::{Columns, PARTITIONS, filled};
@@ -11,7 +11,9 @@ use crate::error::{Result, length, mul};
 /// Side of the square of words that is transposed at once, and partitions of a quadrant.
 const SIDE: usize = 32;
 /// Columns that a thread takes at a time.
-const STRIP: usize = 8 * SIDE;
+const STRIP: usize = 16 * SIDE;
+/// Bytes of a row that are written at once: whole pairs of cache lines.
+const RUN: usize = 128;
 /// Quadrants of a tile.
 pub(super) const QUADRANTS: usize = PARTITIONS / SIDE;
 
@@ -28,11 +30,10 @@ pub(super) struct Words {
     pub(super) columns: usize,
 }
 
-/// What is moved together: the words of 32 partitions of one tile, for one column.
+/// What is moved together: the words of one tile, for one column.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Piece {
     pub(super) tile: usize,
-    pub(super) quadrant: usize,
     /// The column, from the strip's first.
     pub(super) column: usize,
     /// The channel in the column; `None` is padding.
@@ -76,7 +77,7 @@ impl Words {
         partition * self.tiles + tile
     }
 
-    /// Fills `data`. `load(extra, piece, bytes)` writes the `32 * word` bytes of a piece, for every piece; pieces of one strip
+    /// Fills `data`. `load(extra, piece, bytes)` writes the `128 * word` bytes of a piece, for every piece; pieces of one strip
     /// share `extra[strip]`.
     pub(super) fn pack<X: Send>(
         &self,
@@ -110,20 +111,28 @@ impl Words {
             let ([rows], [extra]) = (rows, extra) else { return };
             let channels: [Option<usize>; STRIP] = std::array::from_fn(|i| columns.channel(strip * STRIP + i));
             let width = STRIP.min(self.columns - strip * STRIP);
-            let (mut source, mut turned) = ([[[0u8; 8]; L]; SIDE], [[[0u8; 8]; L]; SIDE]);
-            for part in 0..self.tiles * QUADRANTS {
-                let (tile, quadrant) = (part / QUADRANTS, part % QUADRANTS);
-                let first = part * SIDE * self.elements;
-                for c0 in (0..width).step_by(SIDE) {
-                    for (i, bytes) in source.iter_mut().enumerate() {
-                        let column = c0 + i;
-                        let piece = Piece { tile, quadrant, column, channel: channels[column], first };
-                        load(extra, piece, bytes.as_flattened_mut());
+            let block = RUN / self.word;
+            let mut source = vec![[[[0u8; 8]; L]; QUADRANTS]; block];
+            let mut turned = vec![[[[0u8; 8]; L]; SIDE]; block / SIDE];
+            for tile in 0..self.tiles {
+                let first = tile * PARTITIONS * self.elements;
+                for c0 in (0..width).step_by(block) {
+                    let columns = block.min(width - c0);
+                    for (column, bytes) in (c0..c0 + columns).zip(&mut source) {
+                        let piece = Piece { tile, column, channel: channels[column], first };
+                        load(extra, piece, bytes.as_flattened_mut().as_flattened_mut());
                     }
-                    transpose(&source, &mut turned);
-                    for (p, words) in turned.iter().enumerate() {
-                        let row = &mut rows[self.row(quadrant * SIDE + p, tile)];
-                        row[c0 * self.word..][..8 * L].copy_from_slice(words.as_flattened());
+                    for quadrant in 0..QUADRANTS {
+                        for (source, turned) in source.chunks_exact(SIDE).zip(&mut turned) {
+                            transpose(std::array::from_fn(|i| &source[i][quadrant]), turned);
+                        }
+                        for p in 0..SIDE {
+                            let row = &mut rows[self.row(quadrant * SIDE + p, tile)];
+                            let row = &mut row[c0 * self.word..][..columns * self.word];
+                            for (row, turned) in row.chunks_exact_mut(8 * L).zip(&turned) {
+                                row.copy_from_slice(turned[p].as_flattened());
+                            }
+                        }
                     }
                 }
             }
@@ -181,7 +190,7 @@ impl Words {
                             word.copy_from_slice(&packed[column * (L / 4)..][..L / 4]);
                         }
                     }
-                    transpose(&source, &mut turned);
+                    transpose(source.each_ref(), &mut turned);
                     for (codes, words) in codes.chunks_exact_mut(row).zip(&turned) {
                         codes[start..end].copy_from_slice(&words.as_flattened()[..end - start]);
                     }
@@ -207,7 +216,7 @@ pub(super) fn strips(data: &mut [u8], columns: usize, word: usize) -> Vec<Vec<&m
 ///
 /// In a 64-bit lane lie `R = 32 / L` words. R rows, lane by lane, are R x R squares: each is transposed by exchanging halves, then
 /// quarters, then eighths (Warren, Hacker's Delight, section 7-3). The loops over lanes are what the compiler makes vectors of.
-fn transpose<const L: usize>(source: &[[[u8; 8]; L]; SIDE], out: &mut [[[u8; 8]; L]; SIDE]) {
+fn transpose<const L: usize>(source: [&[[u8; 8]; L]; SIDE], out: &mut [[[u8; 8]; L]; SIDE]) {
     let square = SIDE / L;
     let bits = 64 / square;
     for (block, rows) in source.chunks_exact(square).enumerate() {
@@ -249,11 +258,11 @@ mod tests {
             *byte = (i.wrapping_mul(0x9E37_79B1) >> 11) as u8;
         }
         let mut out = [[[0u8; 8]; L]; SIDE];
-        transpose(&source, &mut out);
-        for i in 0..SIDE {
-            for j in 0..SIDE {
-                let from = &source[i].as_flattened()[j * word..][..word];
-                assert_eq!(from, &out[j].as_flattened()[i * word..][..word], "{word} bytes, ({i}, {j})");
+        transpose(source.each_ref(), &mut out);
+        for (i, from) in source.iter().enumerate() {
+            for (j, to) in out.iter().enumerate() {
+                let from = &from.as_flattened()[j * word..][..word];
+                assert_eq!(from, &to.as_flattened()[i * word..][..word], "{word} bytes, ({i}, {j})");
             }
         }
     }
