@@ -45,6 +45,7 @@ from matmul_tiles import (
     clear,
     column_block,
     evict,
+    live_rows,
     psum_banks,
     quantize_rows,
     spread_line,
@@ -109,15 +110,15 @@ def load_weights(w, kind, expert, t, start, n):
     return tile
 
 
-def load_scales(scales, expert, s, start, n):
-    """Scale bytes of four k tiles: [128, n], 16 live rows in each quadrant."""
+def load_scales(scales, expert, s, rows, start, n):
+    """Scale bytes of up to four k tiles: [128, n], the first `rows` rows of each quadrant."""
     depth, columns = scales.shape[2], scales.shape[3]
     tile = nl.ndarray((PARTITIONS, n), nl.uint8, buffer=nl.sbuf)
     for quadrant in range(4):
         first = QUADRANT_ROWS * quadrant * depth * columns + s * columns + start
         nisa.dma_copy(
-            dst=tile[32 * quadrant : 32 * quadrant + QUADRANT_ROWS, :],
-            src=of_expert(scales, expert, first, [[depth * columns, QUADRANT_ROWS], [1, n]]),
+            dst=tile[32 * quadrant : 32 * quadrant + rows, :],
+            src=of_expert(scales, expert, first, [[depth * columns, rows], [1, n]]),
         )
     return tile
 
@@ -190,7 +191,7 @@ def load_columns(w, s, kind, expert, start, n):
     scales = []
     for t in range(w.shape[2]):
         if t % 4 == 0:
-            scales.append(load_scales(s, expert, t // 4, start, n))
+            scales.append(load_scales(s, expert, t // 4, live_rows(w.shape[2], t // 4), start, n))
         weights.append(load_weights(w, kind, expert, t, start, n))
     return weights, scales
 
@@ -281,7 +282,7 @@ def expert_down(w, s, bias, kind, expert, word_bytes, inner, inner_scale, put, b
             for t in range(i_tiles):
                 if first == 0:
                     if t % 4 == 0:
-                        weight_scales.append(load_scales(s, expert, t // 4, start, width))
+                        weight_scales.append(load_scales(s, expert, t // 4, live_rows(i_tiles, t // 4), start, width))
                     weights.append(load_weights(w, kind, expert, t, start, width))
                 for i in range(ceil_div(width, BANK)):
                     part = min(BANK, width - BANK * i)

@@ -33,6 +33,7 @@ from matmul_tiles import (
     clear,
     column_block,
     evict,
+    live_rows,
     load_scales,
     psum_banks,
     quantize_rows,
@@ -117,7 +118,7 @@ def packed_rows(x, kind, x_scale, row, m):
     even = m + m % 2
     data = nl.ndarray((PARTITIONS, x.shape[1], even), kind, buffer=nl.sbuf)
     nisa.dma_copy(dst=data, src=x.view(kind)[:, :, row : row + even])
-    return data, load_scales(x_scale, (0, x_scale.shape[1]), row, even)
+    return data, load_scales(x_scale, 0, x_scale.shape[1], live_rows(x.shape[1], 0), row, even)
 
 
 def load_weights(w, kind, t, start, n):
@@ -181,7 +182,8 @@ def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element=
                         next_tile = len(weights) % tiles
                         columns = min(step, n_all - later)
                         if next_tile % 4 == 0:
-                            scales.append(load_scales(w_scale, (next_tile // 4, next_tile // 4 + 1), later, columns))
+                            s = next_tile // 4
+                            scales.append(load_scales(w_scale, s, s + 1, live_rows(tiles, s), later, columns))
                         weights.append(load_weights(w, w_kind, next_tile, later, columns))
                     tile = weights[number * tiles + t]
                     tile_scale = scales[number * ceil_div(tiles, 4) + t // 4]

@@ -12,7 +12,7 @@ import nki.language as nl
 PARTITIONS = 128
 BANKS = 8  # PSUM banks of a partition
 BANK = 512  # float32 of one bank
-QUADRANT_ROWS = 16  # live scale rows of a quadrant: four k tiles of four groups
+QUADRANT_ROWS = 16  # scale rows of a quadrant: four k tiles of four groups
 
 
 def ceil_div(a, b):
@@ -93,18 +93,22 @@ def evict(dst, acc, bias, turn):
         nisa.tensor_copy(dst=dst, src=acc, engine=drain(turn))
 
 
-def load_scales(scales, tiles, start, n):
-    """Scale bytes of `n` columns from `start`, `mx-quads/1` [64, S, C] -> SBUF [128, S, n], 16 live rows in each quadrant.
+def live_rows(tiles, s):
+    """Scale rows of a quadrant that scale tile s uses: four for each of its k tiles."""
+    return 4 * min(4, tiles - 4 * s)
 
-    `tiles` is the slice (first, last) of the S axis.
+
+def load_scales(scales, first, last, rows, start, n):
+    """Scale bytes of `n` columns from `start` of scale tiles first..last: `mx-quads/1` [64, S, C] -> SBUF [128, last - first, n].
+
+    The first `rows` rows of each quadrant are loaded; the others are never read.
     """
-    first, last = tiles
     out = nl.ndarray((PARTITIONS, last - first, n), nl.uint8, buffer=nl.sbuf)
     for quadrant in range(4):
         row = QUADRANT_ROWS * quadrant
         nisa.dma_copy(
-            dst=out[32 * quadrant : 32 * quadrant + QUADRANT_ROWS, :, :],
-            src=scales[row : row + QUADRANT_ROWS, first:last, start : start + n],
+            dst=out[32 * quadrant : 32 * quadrant + rows, :, :],
+            src=scales[row : row + rows, first:last, start : start + n],
         )
     return out
 

@@ -1,7 +1,5 @@
 """matmul_mx: reference, goldens, refusals, counts, mutants."""
 
-import contextlib
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,27 +7,13 @@ import pytest
 import harness
 import matmul_mx_ref as ref
 import mx_ref
+from scale_rule import RULES, scale_rule
 
 KERNEL = harness.load("matmul_mx")
 BF16, F32 = ml_dtypes.bfloat16, np.float32
 WEIGHTS = ("e2m1", "e4m3fn", "e5m2")
-RULES = ("neuron", "ocp")
 # (M, K, N): one group of k, decode with padded k, ragged everything, several row tiles, several column blocks.
 SHAPES = ((1, 32, 1), (5, 320, 70), (16, 2880, 96), (131, 544, 600), (257, 512, 300), (128, 2592, 513), (3, 64, 2100))
-
-
-@contextlib.contextmanager
-def scale_rule(rule):
-    """The two documented block scales of quantize_mx. The official simulator has one, the newer."""
-    if harness.backend.backend()[0] != "sim":
-        if rule != "neuron":
-            pytest.skip("the official simulator has no scale switch")
-        yield
-        return
-    from nkisim import config
-
-    with config.configured(mx_scale=rule):
-        yield
 
 
 def problem(seed, m, k, n, w_element="e2m1", x_element="e4m3fn", packed=False, bias=None, out="f32"):
@@ -219,10 +203,10 @@ COUNTS = {
     "ragged": (
         problem(9, 130, 544, 600, bias=BF16, out="bf16"),
         {
-            "instructions": {"dma": 11, "scalar": 3, "tensor": 18, "vector": 12},
+            "instructions": {"dma": 11, "gpsimd": 3, "scalar": 3, "tensor": 18, "vector": 9},
             "matmul_columns": {"half": 600, "mx": 2 * 2 * 600, "transpose": 4 * 130},
-            "dma_bytes_read": {"hbm": 488240, "sbuf": 2 * 130 * 600},
-            "dma_descriptors": 581,
+            "dma_bytes_read": {"hbm": 2 * 128 * 600 * 2 + 2 * 16 * 600 + 2 * 130 * 544 + 2 * 600, "sbuf": 2 * 130 * 600},
+            "dma_descriptors": 549,
             "psum_banks_high_water": 2,
             "sbuf_high_water": 6618,
         },
@@ -265,9 +249,9 @@ MUTANTS = {
     "odd row not cleared": ("if even > m:", "if False:"),
     "weights of the first block": ("tile = weights[number * tiles + t]", "tile = weights[t]"),
     "scales of the first block": ("scales[number * ceil_div(tiles, 4) + t // 4]", "scales[t // 4]"),
-    "scale tile loaded too early": ("(next_tile // 4, next_tile // 4 + 1)", "(0, 1)"),
+    "first scale tile for all": ("load_scales(w_scale, s, s + 1,", "load_scales(w_scale, 0, 1,"),
     "bias of the first bank": ("column_bias[0:count, at : at + part]", "column_bias[0:count, 0:part]"),
-    "bias forgotten": ("data1=acc, data2=bias, op=nl.add", "data1=acc, data2=bias, op=nl.maximum"),
+    "bias forgotten": ("matmul_tiles", "data1=acc, data2=bias, op=nl.add", "data1=acc, data2=bias, op=nl.maximum"),
     "rows of the first tile": ("stationary=rows[r][:, t, :]", "stationary=rows[0][:, t, :]"),
     "output of the first tile": ("dst=y[row : row + count", "dst=y[0:count"),
     "banks not rotated": ("dst=banks[(first_bank + i) % BANKS][0:even", "dst=banks[first_bank % BANKS][0:even"),
@@ -275,7 +259,8 @@ MUTANTS = {
     "pairs not interleaved": ("matmul_tiles", "dst=bank[:, 2 * m * i + half : 2 * m * (i + 1) : 2]", "dst=bank[:, 2 * m * i + half * m : 2 * m * i + half * m + m]"),
     "quantized in place of the neighbour": ("matmul_tiles", "dst=data[:, t, :]", "dst=data[:, start_tile + first, :]"),
     "scale rows not shifted": ("matmul_tiles", "dst_scale=scale[4 * (t % 4) :", "dst_scale=scale[0:"),
-    "quadrants adjacent": ("matmul_tiles", "dst=out[32 * quadrant : 32 * quadrant + QUADRANT_ROWS", "dst=out[16 * quadrant : 16 * quadrant + QUADRANT_ROWS"),
+    "quadrants adjacent": ("matmul_tiles", "dst=out[32 * quadrant : 32 * quadrant + rows", "dst=out[16 * quadrant : 16 * quadrant + rows"),
+    "scale rows of a k tile forgotten": ("matmul_tiles", "return 4 * min(4, tiles - 4 * s)", "return 4 * min(3, tiles - 4 * s)"),
     "one quadrant four times": ("matmul_tiles", "row = QUADRANT_ROWS * quadrant", "row = 0"),
 }
 
