@@ -3,6 +3,7 @@
     python kernels/trace.py --all            # every example of kernels/examples, written to kernels/programs
     python kernels/trace.py matmul_fp8       # those of one kernel
     python kernels/trace.py --all --check    # write nothing; exit 1 if a checked-in file is not what would be written
+    python kernels/trace.py --large DIR      # programs of large shapes for the cost model, without data, written to DIR
 
 For every example two files are written:
 
@@ -313,15 +314,31 @@ def examples(only: list[str] | None = None) -> list[Example]:
     return found
 
 
+def write_large(folder: Path) -> None:
+    """The programs that modules of kernels/examples offer for the cost model."""
+    backend.backend("sim")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(EXAMPLES.glob("*.py")):
+        module = importlib.import_module(f"examples.{path.stem}")
+        for example in module.large() if hasattr(module, "large") else []:
+            made, _ = program(example)
+            (folder / f"{example.stem}.json").write_text(as_json(made))
+            print(f"{example.stem}: {len(made['instructions'])} instructions", file=sys.stderr)
+
+
 def main(argv: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Export kernels as programs.")
     parser.add_argument("kernel", nargs="*", help="modules of kernels/examples")
     parser.add_argument("--all", action="store_true", help="every example; files of examples that are gone are removed")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a file would change")
+    parser.add_argument("--large", type=Path, metavar="DIR", help="write programs of large shapes, without data, to DIR")
     options = parser.parse_args(argv)
-    if bool(options.kernel) == options.all:
-        parser.error("name kernels, or --all")
+    if sum((bool(options.kernel), options.all, options.large is not None)) != 1:
+        parser.error("name kernels, or --all, or --large DIR")
+    if options.large is not None:
+        write_large(options.large)
+        return 0
     made: dict[str, bytes] = {}
     for example in examples(options.kernel):
         made |= files(example)

@@ -74,6 +74,23 @@ fn a_long_transfer_runs_at_the_cores_bandwidth() {
 }
 
 #[test]
+fn a_store_that_waits_does_not_hold_up_a_load() {
+    let mut d = Device::new("trn2");
+    let tile = d.tensor("sbuf", "float32", &[128, 8192]);
+    let (out, next) = (d.tensor("shared_hbm", "float32", &[128, 8192]), d.tensor("sbuf", "float32", &[128, 8192]));
+    let weights = d.tensor("private_hbm", "float32", &[128, 8192]);
+    d.on("memset", "vector", &[("dst", tile)], &[], json!({"value": 1.0}));
+    d.copy(out, tile);
+    d.copy(next, weights);
+    let got = cost(&d, &Chip::trn2());
+    assert_eq!(got.spans[2].start, 0.0);
+    assert_eq!(got.spans[1].start, got.spans[0].ready);
+    // The load goes before and after the store: together they take as long as their bytes.
+    assert!((got.spans[2].end - got.busy(Engine::Dma)).abs() < 1e-15);
+    assert_eq!(got.spans[1].work, got.spans[2].work);
+}
+
+#[test]
 fn short_pieces_cost_more_and_not_without_end() {
     let time = |row: usize| {
         let mut d = Device::new("trn2");

@@ -11,8 +11,8 @@ mod random;
 use half::bf16;
 use programs::{Checked, values};
 use random::Rng;
-use trn_kernels::attention::oracle as attention_oracle;
-use trn_kernels::attention::{AttentionOut, AttentionSpec, Queries, plan_decode};
+use trn_kernels::attention::oracle::{self as attention_oracle, Reference};
+use trn_kernels::attention::{AttentionOut, AttentionSpec, Queries, RaggedKv, plan_decode};
 use trn_kernels::kv::{KvFormat, KvPlane, KvScale, KvShape, PageTable, PagedKv};
 use trn_kernels::matmul::oracle::{self, Expected, OutputType};
 use trn_kernels::matmul::{Activation, Activations, MatmulOptions};
@@ -285,17 +285,78 @@ fn attention_decode_on_its_own_data() {
         let y = AttentionOut { out: HeadsMut::new(&mut out, batch, heads, dim).unwrap(), lse: None };
         Cpu::detect().decode(&plan, q(), &kv, sinks.as_deref(), y, &mut Workspace::new()).unwrap();
 
-        let port = &checked.program.outputs()[0];
-        let device = values(checked.dtype(port), &checked.run(&Options::default())[0]);
-        // The exported bound is twice the kernel's own distance from the exact result.
-        let bound = checked.bound(&port.name).expect("a bound");
-        assert_eq!([device.len(), bound.len()], [reference.out.len(); 2]);
-        for (i, want) in reference.out.iter().enumerate() {
-            let cpu = out[i].to_f64();
-            let (near, tolerance) = (bound[i] / 2.0, reference.tolerance::<bf16>(i));
-            let place = format!("{} element {i}: exact {want}, device {}, cpu {cpu}", checked.name, device[i]);
-            assert!((device[i] - want).abs() <= near, "{place}: the device is further than {near}");
-            assert!((device[i] - cpu).abs() <= near + tolerance, "{place}: further apart than {near} + {tolerance}");
-        }
+        check_attention(&checked, &reference, &out);
+    }
+}
+
+/// Device and CPU against the oracle, each within its own bound, and against each other.
+fn check_attention(checked: &Checked, reference: &Reference, cpu: &[bf16]) {
+    let port = &checked.program.outputs()[0];
+    let device = values(checked.dtype(port), &checked.run(&Options::default())[0]);
+    // The exported bound is twice the kernel's own distance from the exact result.
+    let bound = checked.bound(&port.name).expect("a bound");
+    assert_eq!([device.len(), bound.len(), cpu.len()], [reference.out.len(); 3], "{}", checked.name);
+    for (i, want) in reference.out.iter().enumerate() {
+        let (near, tolerance) = (bound[i] / 2.0, reference.tolerance::<bf16>(i));
+        let (device, cpu) = (device[i], cpu[i].to_f64());
+        let place = format!("{} element {i}: exact {want}, device {device}, cpu {cpu}", checked.name);
+        assert!((device - want).abs() <= near, "{place}: the device is further than {near}");
+        assert!((cpu - want).abs() <= tolerance, "{place}: the CPU is further than {tolerance}");
+        assert!((device - cpu).abs() <= near + tolerance, "{place}: further apart than {near} + {tolerance}");
+    }
+}
+
+#[test]
+fn attention_prefill_on_its_own_data() {
+    for checked in programs::of("attention_prefill") {
+        let bytes = |name: &str| checked.bytes(&format!("in.{name}"));
+        let halves = |name: &str| -> Vec<bf16> { words(&bytes(name), bf16::from_le_bytes) };
+        let (q_shape, k_shape) = (checked.shape(checked.input("q")), checked.shape(checked.input("k")));
+        let [batch, queries, heads, dim] = q_shape[..] else { panic!("{}: q {q_shape:?}", checked.name) };
+        let (tokens, kv_heads) = (k_shape[1], k_shape[2]);
+        let row = kv_heads * dim;
+        // A sequence is its prior keys and the chunk's.
+        let prior_slots = if checked.has("in.k_prior") { checked.shape(checked.input("k_prior"))[1] } else { 0 };
+        let prior: Vec<usize> = match checked.has("in.prior_len") {
+            true => words(&bytes("prior_len"), |b| i32::from_le_bytes(b) as usize),
+            false => vec![prior_slots; batch],
+        };
+        let joined = |name: &str| {
+            let before = if prior_slots > 0 { halves(&format!("{name}_prior")) } else { vec![] };
+            let chunk = halves(name);
+            let mut all = vec![];
+            for (b, used) in prior.iter().enumerate() {
+                all.extend_from_slice(&before[b * prior_slots * row..][..used * row]);
+                all.extend_from_slice(&chunk[b * tokens * row..][..tokens * row]);
+            }
+            all
+        };
+        let (q, k, v) = (halves("q"), joined("k"), joined("v"));
+        let mut kv_indptr = vec![0];
+        prior.iter().for_each(|used| kv_indptr.push(kv_indptr[kv_indptr.len() - 1] + used + tokens));
+        let indptr: Vec<usize> = (0..=batch).map(|b| b * queries).collect();
+        let all = kv_indptr[batch];
+        let spec = AttentionSpec {
+            sm_scale: parameter(&checked, "sm_scale"),
+            causal: parameter(&checked, "causal"),
+            window_left: parameter::<usize>(&checked, "window").checked_sub(1),
+            ..AttentionSpec::new(heads, kv_heads, dim)
+        };
+        let sinks = checked.has("in.sinks").then(|| words(&bytes("sinks"), f32::from_le_bytes));
+        let queries = Queries {
+            q: HeadsRef::new(&q, indptr[batch], heads, dim).unwrap(),
+            indptr: &indptr,
+            sinks: sinks.as_deref(),
+        };
+        let kv = RaggedKv {
+            k: HeadsRef::new(&k, all, kv_heads, dim).unwrap(),
+            v: HeadsRef::new(&v, all, kv_heads, dim).unwrap(),
+            indptr: &kv_indptr,
+        };
+        let reference = attention_oracle::prefill(&spec, queries, kv).unwrap();
+        let mut out = vec![bf16::ZERO; q.len()];
+        let y = AttentionOut { out: HeadsMut::new(&mut out, indptr[batch], heads, dim).unwrap(), lse: None };
+        Cpu::detect().prefill(&spec, queries, kv, y, &mut Workspace::new()).unwrap();
+        check_attention(&checked, &reference, &out);
     }
 }

@@ -19,15 +19,22 @@ CASES = {
     "fp8_ieee": ("trn2", ml_dtypes.float8_e4m3, 8, 4, 64, 16, 9, (144, 17), True, 0),
     "fp8_fn": ("trn3", ml_dtypes.float8_e4m3fn, 8, 4, 64, 16, 9, (130, 20), False, 64),
 }
+# A shape for the cost model only: bound by the cache.
+LARGE = {"large": ("trn2", BF16, 64, 8, 64, 16, 256, (4096,) * 4, True, 0)}
 
 
 def examples() -> list[Example]:
     """One for each case."""
-    return [_example(name, i) for i, name in enumerate(CASES)]
+    return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
 
 
-def _example(name: str, seed: int) -> Example:
-    target, dtype, hq, hkv, d, page, pages, lens, with_sinks, window = CASES[name]
+def large() -> list[Example]:
+    """Those of LARGE."""
+    return [_example(name, case, 0) for name, case in LARGE.items()]
+
+
+def _example(name: str, case: tuple, seed: int) -> Example:
+    target, dtype, hq, hkv, d, page, pages, lens, with_sinks, window = case
     rng = np.random.default_rng(seed)
     batch, total = len(lens), len(lens) * pages + 1
     table = rng.permutation(total)[: batch * pages].reshape(batch, pages).astype(np.int32)

@@ -11,15 +11,25 @@ CASES = {
     "channel": ("trn2", 5, 300, 96, "e5m2", "e4m3", "channel", np.float32, "silu", "bf16", False),
     "blocks": ("trn3", 33, 256, 160, "e4m3fn", "e4m3fn", "blocks", ml_dtypes.bfloat16, "none", "f32", False),
 }
+# Shapes for the cost model only: compute bound, and bound by the weights.
+LARGE = {
+    "large": ("trn2", 2048, 2048, 2048, "e4m3", "e4m3", "channel", None, "none", "bf16", False),
+    "large_decode": ("trn2", 4, 4096, 4096, "e4m3", "e4m3", "channel", None, "none", "bf16", False),
+}
 
 
 def examples() -> list[Example]:
     """One for each case."""
-    return [_example(name, i) for i, name in enumerate(CASES)]
+    return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
 
 
-def _example(name: str, seed: int) -> Example:
-    target, m, k, n, x_element, w_element, scales, bias, activation, out, exact = CASES[name]
+def large() -> list[Example]:
+    """Those of LARGE."""
+    return [_example(name, case, 0) for name, case in LARGE.items()]
+
+
+def _example(name: str, case: tuple, seed: int) -> Example:
+    target, m, k, n, x_element, w_element, scales, bias, activation, out, exact = case
     rng = np.random.default_rng(seed)
 
     def codes(shape, element):

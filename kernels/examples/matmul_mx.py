@@ -13,15 +13,25 @@ CASES = {
     "mxfp8": (3, 1056, 40, "e4m3fn", "e4m3fn", False, None, "f32"),
     "packed": (8, 512, 64, "e5m2", "e2m1", True, np.float32, "f32"),
 }
+# Shapes for the cost model only: compute bound, and bound by the weights.
+LARGE = {
+    "large": (2048, 2048, 2048, "e2m1", "e4m3fn", False, None, "bf16"),
+    "large_decode": (4, 4096, 4096, "e2m1", "e4m3fn", False, None, "bf16"),
+}
 
 
 def examples() -> list[Example]:
     """One for each case."""
-    return [_example(name, i) for i, name in enumerate(CASES)]
+    return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
 
 
-def _example(name: str, seed: int) -> Example:
-    m, k, n, w_element, x_element, packed, bias, out = CASES[name]
+def large() -> list[Example]:
+    """Those of LARGE."""
+    return [_example(name, case, 0) for name, case in LARGE.items()]
+
+
+def _example(name: str, case: tuple, seed: int) -> Example:
+    m, k, n, w_element, x_element, packed, bias, out = case
     rng = np.random.default_rng(seed)
     spread = lambda rows: np.exp2(rng.integers(-6, 7, (rows, k // 32))).repeat(32, axis=1)  # noqa: E731
     w, w_scale = mx_ref.pack(*mx_ref.quantize(rng.standard_normal((n, k)) * spread(n), w_element, "ocp"), w_element)

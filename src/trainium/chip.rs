@@ -52,6 +52,8 @@ pub struct TensorEngine {
     pub side: usize,
     /// Passes of an f32 matmul: it takes so many times the cycles.
     pub f32_passes: f64,
+    /// Passes of an f32 transpose.
+    pub f32_transpose_passes: f64,
     /// Whether `double_row` exists.
     pub double_row: bool,
     /// Whether `nc_matmul_mx` exists.
@@ -78,6 +80,12 @@ impl TensorEngine {
     pub fn moving_cycles(&self, mode: MatmulMode, columns: usize) -> f64 {
         let passes = if mode == MatmulMode::F32 { self.f32_passes } else { 1.0 };
         columns.max(self.min_columns) as f64 * passes
+    }
+
+    /// Cycles to transpose a tile of `partitions` rows; `f32` if its elements have four bytes.
+    pub fn transpose_cycles(&self, f32: bool, partitions: usize) -> f64 {
+        let passes = if f32 { self.f32_transpose_passes } else { 1.0 };
+        partitions.max(self.min_columns) as f64 * passes
     }
 
     /// Cycles to load a stationary operand of `columns` columns; hidden behind the matmul before it.
@@ -174,10 +182,22 @@ const fn lanes(clock: f64, elements: f64, elements_16: f64) -> LaneEngine {
     LaneEngine { clock, elements, elements_16, small: 100.0, issue: 64.0 }
 }
 
-/// 128 x 128; f32 takes four passes; at least 64 cycles a matmul; loads four times as fast as moves [arch and perf, for v2].
+/// 128 x 128; f32 takes four passes, its transpose on v3 and v4 half as many [isa]; at least 64 cycles a matmul; loads four times as fast as moves [arch and perf, for v2].
 const fn tensor(clock: f64, double_row: bool, mx: bool, max_moving: usize) -> TensorEngine {
     let (side, f32_passes, min_columns, load_speedup) = (PARTITIONS, 4.0, 64, 4.0);
-    TensorEngine { clock, side, f32_passes, double_row, mx, min_columns, load_speedup, max_moving }
+    // The transpose mode came with `double_row`; before it a transpose is a matmul with the identity.
+    let f32_transpose_passes = if double_row { f32_passes / 2.0 } else { f32_passes };
+    TensorEngine {
+        clock,
+        side,
+        f32_passes,
+        f32_transpose_passes,
+        double_row,
+        mx,
+        min_columns,
+        load_speedup,
+        max_moving,
+    }
 }
 
 /// 16 engines a core; about 1300 ns a transfer; 2 KiB a partition is the recommended least [dma].

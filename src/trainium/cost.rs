@@ -1,16 +1,17 @@
 //! What a chip would take for a program: a model from documented constants, not a measurement.
 //!
-//! Every engine works through its own instructions in program order. An instruction starts when its engine is free and the
-//! instructions whose bytes it reads or overwrites are done; engines overlap otherwise. Durations follow the constants of
-//! [`Chip`]:
+//! Every engine works through its own instructions in program order, but DMA: a transfer takes the queue of [`DMA_QUEUES`]
+//! that is free first and then shares the bandwidth, so that a store that waits for its data does not hold up later loads.
+//! An instruction starts when its engine is free and the instructions whose bytes it reads or overwrites are done; engines
+//! overlap otherwise. Durations follow the constants of [`Chip`]:
 //!
 //! * TensorE: a matmul of N moving columns takes `max(N, 64)` cycles (four times that for f32), or the loading of its
-//!   stationary operand if that is longer: the load overlaps the matmul before it.
+//!   stationary operand if that is longer: the load overlaps the matmul before it. A transpose is a matmul of its rows; that
+//!   NeuronCore-v4 runs transposes behind other matmuls is not modelled.
 //! * VectorE, ScalarE, GpSimdE: elements of the widest operand in one partition over the engine's elements a cycle, twice for
 //!   two input tiles, at least the issue interval; a result can be used some cycles later (`small`). `quantize_mx` takes four
 //!   input elements a cycle, VectorE's `reciprocal` eight cycles an element, its `exponential` a quarter of ScalarE's time.
-//! * DMA: bytes over the bandwidth of the core's DMA engines (its share of the HBM, if HBM is involved), in program order; a
-//!   contiguous piece shorter than [`Dma::efficient_bytes`](super::chip::Dma::efficient_bytes) is charged as if it were that
+//! * DMA: bytes over the bandwidth of the core's DMA engines (its share of the HBM, if HBM is involved); a contiguous piece shorter than [`Dma::efficient_bytes`](super::chip::Dma::efficient_bytes) is charged as if it were that
 //!   long, up to [`SHORT_PIECES`] times its bytes; a result can be used `fixed` seconds later.
 //!
 //! Dependencies are found by the rectangle of partitions and bytes that an operand spans, so interleaved operands may seem to
@@ -25,6 +26,9 @@ use std::fmt;
 /// 256 bytes "very poor" and give no figure; this is the ratio of the recommended least, 2 KiB, to a quarter of it.
 pub const SHORT_PIECES: f64 = 4.0;
 
+/// Queues of a DMA engine; one transfer uses the same queue of all engines (NKI DMA overview).
+pub const DMA_QUEUES: usize = 16;
+
 /// When one instruction works, in seconds from the start.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Span {
@@ -32,8 +36,10 @@ pub struct Span {
     pub engine: Engine,
     /// From when.
     pub start: f64,
-    /// Until when its engine is busy.
+    /// Until when it keeps its engine, or its DMA queue.
     pub end: f64,
+    /// Seconds of work: less than from `start` to `end` for a transfer that shared the bandwidth.
+    pub work: f64,
     /// From when its result can be used.
     pub ready: f64,
     /// The instruction that it had to wait for, if it waited: the last one to finish.
@@ -60,7 +66,7 @@ pub struct Cost {
 impl Cost {
     /// Seconds an engine works.
     pub fn busy(&self, engine: Engine) -> f64 {
-        self.spans.iter().filter(|s| s.engine == engine).map(|s| s.end - s.start).sum()
+        self.spans.iter().filter(|s| s.engine == engine).map(|s| s.work).sum()
     }
 
     /// Share of the run in which an engine works, 0 to 1.
@@ -109,6 +115,8 @@ pub fn estimate(program: &Program, chip: &Chip) -> Cost {
         chip,
         program,
         free: [(0.0, None); Engine::ALL.len()],
+        queues: [(0.0, None); DMA_QUEUES],
+        link: Link::default(),
         touched: vec![vec![]; program.tensors().len()],
         cost: Cost { seconds: 0.0, spans: vec![], flops: 0.0, hbm_bytes: 0, ideal_matmul: 0.0, ideal_hbm: 0.0 },
     };
@@ -118,6 +126,47 @@ pub fn estimate(program: &Program, chip: &Chip) -> Cost {
     let mut cost = model.cost;
     cost.ideal_hbm = cost.hbm_bytes as f64 / chip.core_bandwidth();
     cost
+}
+
+/// The bandwidth of DMA: when it is in use, ascending and apart.
+#[derive(Debug, Default)]
+struct Link {
+    busy: Vec<(f64, f64)>,
+}
+
+impl Link {
+    /// Gives a transfer the first `seconds` that are left from `from` on; returns its beginning and end.
+    fn carry(&mut self, from: f64, seconds: f64) -> (f64, f64) {
+        let (mut at, mut left, mut start) = (from, seconds, None);
+        let mut used = vec![];
+        for &(begin, end) in self.busy.iter().filter(|b| b.1 > from) {
+            let gap = (begin - at).min(left);
+            if gap > 0.0 {
+                start.get_or_insert(at);
+                used.push((at, at + gap));
+                left -= gap;
+                if left <= 0.0 {
+                    break;
+                }
+            }
+            at = at.max(end);
+        }
+        if left > 0.0 {
+            start.get_or_insert(at);
+            used.push((at, at + left));
+        }
+        let (start, end) = (start.unwrap_or(from), used.last().map_or(from, |u| u.1));
+        self.busy.extend(used);
+        self.busy.sort_by(|a, b| a.0.total_cmp(&b.0));
+        self.busy.dedup_by(|next, before| {
+            let joined = next.0 <= before.1;
+            if joined {
+                before.1 = before.1.max(next.1);
+            }
+            joined
+        });
+        (start, end)
+    }
 }
 
 /// Partitions and bytes in each that an access spans, half open.
@@ -152,6 +201,9 @@ struct Model<'a> {
     program: &'a Program,
     /// When each engine is free, and its last instruction.
     free: [(f64, Option<usize>); Engine::ALL.len()],
+    /// The same of each DMA queue.
+    queues: [(f64, Option<usize>); DMA_QUEUES],
+    link: Link,
     touched: Vec<Vec<Touch>>,
     cost: Cost,
 }
@@ -160,8 +212,8 @@ impl Model<'_> {
     fn step(&mut self, instruction: &Instruction) {
         let index = self.cost.spans.len();
         let engine = instruction.engine();
-        let position = Engine::ALL.iter().position(|e| *e == engine).unwrap_or_default();
-        let (mut start, mut after) = self.free[position];
+        let server = self.server(engine);
+        let (mut start, mut after) = *server;
         let touches = self.touches(instruction);
         for (tensor, touch) in &touches {
             for earlier in &self.touched[*tensor] {
@@ -176,8 +228,18 @@ impl Model<'_> {
             }
         }
         let (work, latency) = self.duration(instruction);
-        let span = Span { engine, start, end: start + work, ready: start + work + latency, after };
-        self.free[position] = (span.end, Some(index));
+        let mut end = start + work;
+        if engine == Engine::Dma {
+            let wanted = start;
+            (start, end) = self.link.carry(wanted, work);
+            if start > wanted {
+                let before = |i: &usize| self.cost.spans[*i].engine == engine && self.cost.spans[*i].end <= start;
+                let ends = |i: usize| self.cost.spans[i].end;
+                after = (0..index).filter(before).max_by(|&a, &b| ends(a).total_cmp(&ends(b))).or(after);
+            }
+        }
+        let span = Span { engine, start, end, work, ready: end + latency, after };
+        *self.server(engine) = (end, Some(index));
         self.cost.seconds = self.cost.seconds.max(span.ready);
         self.cost.spans.push(span);
         for (tensor, touch) in touches {
@@ -188,6 +250,13 @@ impl Model<'_> {
             }
             list.push(Touch { instruction: index, ..touch });
         }
+    }
+
+    /// What serves the engine's next instruction: the engine itself, or the DMA queue that is free first.
+    fn server(&mut self, engine: Engine) -> &mut (f64, Option<usize>) {
+        let position = Engine::ALL.iter().position(|e| *e == engine).unwrap_or_default();
+        let first = (0..DMA_QUEUES).min_by(|&a, &b| self.queues[a].0.total_cmp(&self.queues[b].0)).unwrap_or_default();
+        if engine == Engine::Dma { &mut self.queues[first] } else { &mut self.free[position] }
     }
 
     /// The pieces of tensors that an instruction touches, the indices of gathers among them.
@@ -242,8 +311,8 @@ impl Model<'_> {
         let find = |role: &str| instruction.operands().iter().find(|o| o.role == role).map(|o| &o.access);
         if let Some(data) = find("data") {
             // A transpose: the data is stationary and an identity of its partitions moves past it.
-            let mode = if data.dtype.size() == 4 { MatmulMode::F32 } else { MatmulMode::Bf16 };
-            let cycles = tensor.moving_cycles(mode, data.partitions()).max(tensor.load_cycles(data.free()));
+            let cycles = tensor.transpose_cycles(data.dtype.size() == 4, data.partitions());
+            let cycles = cycles.max(tensor.load_cycles(data.free()));
             return cycles / tensor.clock;
         }
         let (Some(dst), Some(stationary), Some(moving)) = (find("dst"), find("stationary"), find("moving")) else {
@@ -317,4 +386,20 @@ fn contiguous(access: &Access, on_chip: bool) -> usize {
         piece *= n;
     }
     piece
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transfers_fill_the_gaps_that_are_left() {
+        let mut link = Link::default();
+        assert_eq!(link.carry(0.0, 1.0), (0.0, 1.0));
+        assert_eq!(link.carry(5.0, 1.0), (5.0, 6.0));
+        assert_eq!(link.carry(0.0, 2.0), (1.0, 3.0), "after the first, before the second");
+        assert_eq!(link.carry(2.0, 3.0), (3.0, 7.0), "around the second");
+        assert_eq!(link.busy, vec![(0.0, 7.0)]);
+        assert_eq!(link.carry(8.0, 0.0), (8.0, 8.0));
+    }
 }
