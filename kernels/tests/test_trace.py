@@ -23,8 +23,21 @@ def made() -> dict[str, bytes]:
 def test_checked_in_programs_are_current(made):
     there = {p.name: p.read_bytes() for p in export.PROGRAMS.iterdir()}
     assert sorted(there) == sorted(made), "run `python kernels/trace.py --all`"
-    stale = [name for name, text in made.items() if there[name] != text]
+    stale = [name for name, text in made.items() if not export.current(name, there[name], text)]
     assert not stale, f"run `python kernels/trace.py --all`: {stale}"
+
+
+def test_a_changed_input_or_exact_output_is_noticed(made):
+    from safetensors.numpy import load, save
+
+    for name in (n for n in made if n.endswith(".safetensors")):
+        data = load(made[name])
+        fixed = [k for k in data if k.startswith("in.") or (k.startswith("out.") and f"bound.{k[4:].split('@')[0]}" not in data)]
+        for key in fixed:
+            changed = dict(data)
+            changed[key] = data[key] ^ 1
+            assert not export.current(name, save(changed), made[name]), f"{name}: {key}"
+        assert not export.current(name, save({k: v for k, v in data.items() if k != fixed[0]}), made[name])
 
 
 def test_export_is_deterministic(made):

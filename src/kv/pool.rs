@@ -18,8 +18,7 @@ pub struct KvConfig {
 
 impl KvConfig {
     /// A pool with keys and values of one `head_dim`. MX scales: MXFP8 by [`ScaleRule::Trainium`], what the device's own quantizer
-    /// does and the one of least error (31.5 dB against 30.7 of `Floor` on Gaussian data), MXFP4 by [`ScaleRule::Even`] (19.0
-    /// against 18.8); set [`KvConfig::rule`] for another.
+    /// does (it never clamps a maximum), MXFP4 by [`ScaleRule::Even`] (which clamps fewer than OCP's); set [`KvConfig::rule`] for another.
     pub fn new(
         format: KvFormat,
         num_layers: usize,

@@ -4,6 +4,7 @@
 use super::matrix::QuantizedMatrix;
 use super::scheme::Scheme;
 use crate::error::{Error, Result, extent};
+use std::ops::Range;
 
 /// One quantized matrix `[n, k]` for each expert, all of one scheme and shape.
 #[derive(Debug, Clone)]
@@ -93,6 +94,22 @@ impl<'a> QuantizedExperts<'a> {
     /// The experts in order.
     pub fn iter(&self) -> std::slice::Iter<'_, QuantizedMatrix<'a>> {
         self.experts.iter()
+    }
+
+    /// Rows `rows` of each expert, at no copy (a tensor-parallel shard along n).
+    ///
+    /// # Errors
+    /// As [`QuantizedMatrix::slice_n`].
+    pub fn slice_n(&self, rows: Range<usize>) -> Result<QuantizedExperts<'a>> {
+        Self::new(self.experts.iter().map(|e| e.slice_n(rows.clone())).collect::<Result<_>>()?)
+    }
+
+    /// Columns `cols` of each expert, at no copy (a tensor-parallel shard along k).
+    ///
+    /// # Errors
+    /// As [`QuantizedMatrix::slice_k`].
+    pub fn slice_k(&self, cols: Range<usize>) -> Result<QuantizedExperts<'a>> {
+        Self::new(self.experts.iter().map(|e| e.slice_k(cols.clone())).collect::<Result<_>>()?)
     }
 
     /// Every `step`-th row of each expert from `start` on, at no copy: gate `(0, 2)` and up `(1, 2)` of gpt-oss.

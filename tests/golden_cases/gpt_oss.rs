@@ -188,6 +188,7 @@ fn both_layers_are_as_exact_as_the_official_f32() {
         let ours: Vec<f64> = session.residual().iter().map(|v| f64::from(*v)).collect();
         assert_eq!(ours.len(), exact.len());
         let (ours, theirs) = (worst(&ours), worst(&golden.real(&format!("l{index}.official_f32"))));
+        // The factor is the manifest's for bf16: another order of the same f32 operations.
         assert!(ours <= 3.0 * theirs, "layer {index}: max error {ours:e}, official f32 {theirs:e}");
 
         let mut session = Session::<bf16>::new(&model, Cpu::detect(), false, KvFormat::Bf16, tokens.len()).unwrap();
