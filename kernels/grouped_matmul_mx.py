@@ -27,8 +27,8 @@ Arguments
     w_element      "e4m3fn", "e5m2" or "e2m1"; both weights
     limit          clamp of gate (from above) and up (both sides), more than 0
     out            "f32" or "bf16"
-Returns y [Y, H]: y[put] = (g * sigmoid(1.702 g) * (u + 1)) @ w_down + b_down, g = min(gate, limit), u = clamp(up, -limit, limit),
-gate, up = x[take] @ w_gate_up + b_gate_up. x and the product are quantized to MXFP8 e4m3fn on the way in. Every row of y must be
+Returns y [Y, H]: y[put] = (g * sigmoid(1.702 g) * (u + 1)) @ w_down + b_down, with gate, up = x[take] @ w_gate_up + b_gate_up,
+g = min(gate, limit), u = clamp(up, -limit, limit). x and the product are quantized to MXFP8 e4m3fn on the way in. Every row of y must be
 the target of one slot. The caller makes the blocks from the router's expert offsets: expert e's rows in slices of R.
 """
 
@@ -144,7 +144,7 @@ def load_slots(index):
 
 
 def gather(x, take, block, slots):
-    """The block's rows of x, [m, 512 TH] bfloat16 for each 128 slots. An empty slot is skipped and stays zero. `slots` is even."""
+    """The block's rows of x, [m, 512 TH] bfloat16 for each 128 slots; `slots` is even. An empty slot stays zero."""
     hidden = x.shape[1]
     width = K_TILE * ceil_div(hidden, K_TILE)
     tiles = []
@@ -271,7 +271,7 @@ def expert_inner(w, s, bias, kind, expert, word_bytes, data, scale, limit, inner
 
 
 def expert_down(w, s, bias, kind, expert, word_bytes, inner, inner_scale, put, block, y, banks, turn):
-    """y[put] = inner @ w_down + bias: inner stationary, weights moving, so rows of y are contiguous; returns the next turn."""
+    """y[put] = inner @ w_down + bias; returns the next turn. Weights move, so rows of y come out contiguous."""
     columns = w.shape[3]
     hidden = y.shape[1]
     i_tiles = inner.shape[1]

@@ -174,7 +174,10 @@ def scaled(dst, acc, row_scale, column_scale, bias, op, turn):
 
 
 def block_factors(x_scale, spread, row, m, wide, halves):
-    """[m, wide * H] float32: x_scale[row + i, h] * w_scale[b, h] at column b * H + h. `spread` has w_scale in every partition."""
+    """[m, wide * H] float32: x_scale[row + i, h] * w_scale[b, h] at column b * H + h.
+
+    `spread` has the w_scale of these column blocks in every partition.
+    """
     scale = nl.ndarray((m, halves), nl.float32, buffer=nl.sbuf)
     nisa.dma_copy(dst=scale, src=x_scale[row : row + m, :])
     factors = nl.ndarray((m, wide * halves), nl.float32, buffer=nl.sbuf)

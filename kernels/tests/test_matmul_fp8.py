@@ -287,8 +287,8 @@ MUTANTS = {
     ),
     "no accumulation": ("accumulate=(chunk > 0),\n            perf_mode", "accumulate=False,\n            perf_mode"),
     "leftover chunk overwrites": (
-        "first : first + width], accumulate=(chunk > 0)\n",
-        "first : first + width], accumulate=False\n",
+        "accumulate=(chunk > 0),\n        )\n\n",
+        "accumulate=False,\n        )\n\n",
     ),
     "k tail not cleared": ("if have < width:", "if False:"),
     "row scale of the first tile": ("src=x_scale[row : row + m, 0:1]", "src=x_scale[0:m, 0:1]"),
