@@ -27,8 +27,8 @@ Arguments
     w_element      "e4m3fn", "e5m2" or "e2m1"; both weights
     limit          clamp of gate (from above) and up (both sides), more than 0
     out            "f32" or "bf16"
-Returns y [Y, H]: y[put] = (g * sigmoid(1.702 g) * (u + 1)) @ w_down + b_down, g = min(gate, limit), u = clamp(up, -limit, limit),
-gate, up = x[take] @ w_gate_up + b_gate_up. x and the product are quantized to MXFP8 e4m3fn on the way in. Every row of y must be
+Returns y [Y, H]: y[put] = (g * sigmoid(1.702 g) * (u + 1)) @ w_down + b_down, with gate, up = x[take] @ w_gate_up + b_gate_up,
+g = min(gate, limit), u = clamp(up, -limit, limit). x and the product are quantized to MXFP8 e4m3fn on the way in. Every row of y must be
 the target of one slot. The caller makes the blocks from the router's expert offsets: expert e's rows in slices of R.
 """
 
@@ -79,7 +79,9 @@ def check(x, take, put, block_expert, w_gate_up, s_gate_up, b_gate_up, w_down, s
     assert slots <= BANK, f"R: got {slots}, need at most {BANK}"
     deepest = max(hidden, inter)
     assert slots * deepest <= 2**21, f"R: got {slots}, need at most {2**21 // deepest} for H {hidden} and I {inter}"
-    assert tuple(put.shape) == (blocks, slots) and put.dtype == nl.int32, f"put: got {put.shape} {put.dtype}, need {take.shape} int32"
+    assert tuple(put.shape) == (blocks, slots) and put.dtype == nl.int32, (
+        f"put: got {put.shape} {put.dtype}, need {take.shape} int32"
+    )
     assert tuple(block_expert.shape) == (1, blocks), f"block_expert: got {block_expert.shape}, need (1, {blocks})"
     assert block_expert.dtype == nl.int32, f"block_expert: got {block_expert.dtype}, need int32"
     h_tiles = ceil_div(hidden, K_TILE)
@@ -90,9 +92,13 @@ def check(x, take, put, block_expert, w_gate_up, s_gate_up, b_gate_up, w_down, s
     assert columns >= hidden, f"w_down: got {w_down.shape}, need at least {hidden} columns"
     check_weights("down", w_down, s_down, experts, i_tiles, columns, word)
     need = (experts, 8 * i_tiles, PARTITIONS)
-    assert tuple(b_gate_up.shape) == need and b_gate_up.dtype == nl.float32, f"b_gate_up: got {b_gate_up.shape} {b_gate_up.dtype}, need {need} float32"
+    assert tuple(b_gate_up.shape) == need and b_gate_up.dtype == nl.float32, (
+        f"b_gate_up: got {b_gate_up.shape} {b_gate_up.dtype}, need {need} float32"
+    )
     need = (experts, columns)
-    assert tuple(b_down.shape) == need and b_down.dtype == nl.bfloat16, f"b_down: got {b_down.shape} {b_down.dtype}, need {need} bfloat16"
+    assert tuple(b_down.shape) == need and b_down.dtype == nl.bfloat16, (
+        f"b_down: got {b_down.shape} {b_down.dtype}, need {need} bfloat16"
+    )
     assert rows_out >= 1, f"rows_out: got {rows_out}, need at least 1"
     return hidden, slots, i_tiles
 
@@ -106,7 +112,9 @@ def load_weights(w, kind, expert, t, start, n):
     """Columns start..start+n of k tile t of the expert, [128, n] x4."""
     tiles, columns = w.shape[2], w.shape[3]
     tile = nl.ndarray((PARTITIONS, n), kind, buffer=nl.sbuf)
-    nisa.dma_copy(dst=tile, src=of_expert(w.view(kind), expert, t * columns + start, [[tiles * columns, PARTITIONS], [1, n]]))
+    nisa.dma_copy(
+        dst=tile, src=of_expert(w.view(kind), expert, t * columns + start, [[tiles * columns, PARTITIONS], [1, n]])
+    )
     return tile
 
 
@@ -136,7 +144,7 @@ def load_slots(index):
 
 
 def gather(x, take, block, slots):
-    """The block's rows of x, [m, 512 TH] bfloat16 for each 128 slots. An empty slot is skipped and stays zero. `slots` is even."""
+    """The block's rows of x, [m, 512 TH] bfloat16 for each 128 slots; `slots` is even. An empty slot stays zero."""
     hidden = x.shape[1]
     width = K_TILE * ceil_div(hidden, K_TILE)
     tiles = []
@@ -223,7 +231,9 @@ def swiglu(dst, gate, up, gate_bias, up_bias, limit):
     nisa.activation(dst=activated, op=nl.gelu_apprx_sigmoid, data=g)
     u = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_scalar(dst=u, data=up, op0=nl.add, operand0=up_bias, op1=nl.minimum, operand1=limit + 1.0)
-    nisa.scalar_tensor_tensor(dst=dst, data=u, op0=nl.maximum, operand0=1.0 - limit, op1=nl.multiply, operand1=activated)
+    nisa.scalar_tensor_tensor(
+        dst=dst, data=u, op0=nl.maximum, operand0=1.0 - limit, op1=nl.multiply, operand1=activated
+    )
 
 
 def expert_inner(w, s, bias, kind, expert, word_bytes, data, scale, limit, inner, inner_scale, banks, turn):
@@ -261,7 +271,7 @@ def expert_inner(w, s, bias, kind, expert, word_bytes, data, scale, limit, inner
 
 
 def expert_down(w, s, bias, kind, expert, word_bytes, inner, inner_scale, put, block, y, banks, turn):
-    """y[put] = inner @ w_down + bias: inner stationary, weights moving, so rows of y are contiguous; returns the next turn."""
+    """y[put] = inner @ w_down + bias; returns the next turn. Weights move, so rows of y come out contiguous."""
     columns = w.shape[3]
     hidden = y.shape[1]
     i_tiles = inner.shape[1]
@@ -339,7 +349,19 @@ def grouped_matmul_mx(
     elif w_element == "e5m2":
         kind = nl.float8_e5m2_x4
     hidden, slots, i_tiles = check(
-        x, take, put, block_expert, w_gate_up, s_gate_up, b_gate_up, w_down, s_down, b_down, rows_out, intermediate, word
+        x,
+        take,
+        put,
+        block_expert,
+        w_gate_up,
+        s_gate_up,
+        b_gate_up,
+        w_down,
+        s_down,
+        b_down,
+        rows_out,
+        intermediate,
+        word,
     )
     slots += slots % 2  # a stationary MX operand has an even number of columns; the last slot of an odd block is zero
     y = nl.ndarray((rows_out, hidden), nl.float32 if out == "f32" else nl.bfloat16, buffer=nl.shared_hbm)
@@ -366,5 +388,7 @@ def grouped_matmul_mx(
         # The next block's rows are ready by now; TensorE turns them before the down projection, which then hides the rest.
         if block + 1 < blocks:
             data, scale, turn = quantize_block(rows, slots, banks, turn)
-        turn = expert_down(w_down, s_down, b_down, kind, expert, word_bytes, inner, inner_scale, put_rows, block, y, banks, turn)
+        turn = expert_down(
+            w_down, s_down, b_down, kind, expert, word_bytes, inner, inner_scale, put_rows, block, y, banks, turn
+        )
     return y

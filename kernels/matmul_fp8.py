@@ -92,7 +92,9 @@ def load_rows(x, fp8, row, m, k, halves, banks, turn):
             for i in range(count):
                 column = PARTITIONS * (first + i)
                 nisa.nc_transpose(
-                    dst=bank[:, m * i : m * (i + 1)], data=rows[:, column : column + PARTITIONS], engine=nisa.engine.tensor
+                    dst=bank[:, m * i : m * (i + 1)],
+                    data=rows[:, column : column + PARTITIONS],
+                    engine=nisa.engine.tensor,
                 )
             half = start // PARTITIONS + first
             nisa.tensor_copy(dst=tile[:, half : half + count, :], src=bank[:, 0 : m * count], engine=drain(turn))
@@ -120,7 +122,10 @@ def multiply_chunk(dst, rows, chunk, weights, first, width):
         )
     else:
         nisa.nc_matmul(
-            dst=dst, stationary=rows[:, 2 * chunk, :], moving=weights[:, 0, first : first + width], accumulate=(chunk > 0)
+            dst=dst,
+            stationary=rows[:, 2 * chunk, :],
+            moving=weights[:, 0, first : first + width],
+            accumulate=(chunk > 0),
         )
 
 
@@ -169,7 +174,10 @@ def scaled(dst, acc, row_scale, column_scale, bias, op, turn):
 
 
 def block_factors(x_scale, spread, row, m, wide, halves):
-    """[m, wide * H] float32: x_scale[row + i, h] * w_scale[b, h] at column b * H + h. `spread` has w_scale in every partition."""
+    """[m, wide * H] float32: x_scale[row + i, h] * w_scale[b, h] at column b * H + h.
+
+    `spread` has the w_scale of these column blocks in every partition.
+    """
     scale = nl.ndarray((m, halves), nl.float32, buffer=nl.sbuf)
     nisa.dma_copy(dst=scale, src=x_scale[row : row + m, :])
     factors = nl.ndarray((m, wide * halves), nl.float32, buffer=nl.sbuf)
@@ -211,7 +219,9 @@ def block_sums(total, rows, weights, chunk, factors, halves, banks, turn):
             for column in range(0, width, PARTITIONS):
                 last = min(column + PARTITIONS, width)
                 b = (first + column) // PARTITIONS
-                add_block(total[:, first + column : first + last], acc[:, column:last], factors, b * halves + h, h == 0, b % 2)
+                add_block(
+                    total[:, first + column : first + last], acc[:, column:last], factors, b * halves + h, h == 0, b % 2
+                )
     return turn
 
 
@@ -234,7 +244,9 @@ def matmul_fp8(
     w_fp8 = fp8_type(w_element, "w")
     mixed = x_element != w_element and x_element != "e5m2" and w_element != "e5m2"
     assert not mixed, f"elements: got {x_element} and {w_element}; e4m3 and e4m3fn do not meet in one matmul"
-    assert activation in ("none", "relu", "silu", "gelu"), f"activation: got {activation}, need none, relu, silu or gelu"
+    assert activation in ("none", "relu", "silu", "gelu"), (
+        f"activation: got {activation}, need none, relu, silu or gelu"
+    )
     assert out in ("f32", "bf16"), f"out: got {out}, need f32 or bf16"
     m_all, k, n_all, halves = check(x, w, x_scale, w_scale, bias, n, blocks)
     op = nl.copy

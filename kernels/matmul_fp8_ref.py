@@ -59,13 +59,37 @@ def _exact(x, w, x_scale, w_scale, bias, n, x_element, w_element, blocks):
     return a @ b, np.abs(a) @ np.abs(b), shift
 
 
-def matmul_fp8(x, w, x_scale, w_scale, bias=None, n=None, x_element="e4m3", w_element="e4m3", blocks=False, activation="none", out="bf16"):
+def matmul_fp8(
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias=None,
+    n=None,
+    x_element="e4m3",
+    w_element="e4m3",
+    blocks=False,
+    activation="none",
+    out="bf16",
+):
     """y = activation((x @ w) * scales + bias), summed in float64, rounded once."""
     total, _, shift = _exact(x, w, x_scale, w_scale, bias, n, x_element, w_element, blocks)
     return apply(activation, total + shift).astype(np.float32).astype(OUTPUTS[out])
 
 
-def bound(x, w, x_scale, w_scale, bias=None, n=None, x_element="e4m3", w_element="e4m3", blocks=False, activation="none", out="bf16"):
+def bound(
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias=None,
+    n=None,
+    x_element="e4m3",
+    w_element="e4m3",
+    blocks=False,
+    activation="none",
+    out="bf16",
+):
     """How far any order of float32 summation may be from the reference.
 
     Products of FP8 codes are exact in float32. K terms added in any order, the two scale products, a multiplication and

@@ -135,7 +135,9 @@ def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element=
     assert out in ("f32", "bf16"), f"out: got {out}, need f32 or bf16"
     on_device = x.dtype == nl.bfloat16
     w_kind = x4_type(w_element, w.dtype, "w")
-    assert not (on_device and x_element == "e2m1"), "x_element: got e2m1 with bfloat16 x, need e4m3fn or e5m2 (what the device quantizes to)"
+    assert not (on_device and x_element == "e2m1"), (
+        "x_element: got e2m1 with bfloat16 x, need e4m3fn or e5m2 (what the device quantizes to)"
+    )
     x_kind = x4_type(x_element, nl.uint32 if on_device else x.dtype, "x")
     kind = nl.float32 if out == "f32" else nl.bfloat16
     y = nl.ndarray((m_all, n_all), kind, buffer=nl.shared_hbm)

@@ -25,13 +25,37 @@ def _operands(x, w, w_scale, x_scale, bias, m, n, w_element, x_element, rule):
     return a, b, 0.0 if bias is None else np.asarray(bias, np.float64)[:, : b.shape[1]]
 
 
-def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element="e2m1", x_element="e4m3fn", out="bf16", rule="neuron"):
+def matmul_mx(
+    x,
+    w,
+    w_scale,
+    x_scale=None,
+    bias=None,
+    m=None,
+    n=None,
+    w_element="e2m1",
+    x_element="e4m3fn",
+    out="bf16",
+    rule="neuron",
+):
     """y = x @ w + bias in float64, rounded once. `rule` is the block scale of the device's `quantize_mx`."""
     a, b, shift = _operands(x, w, w_scale, x_scale, bias, m, n, w_element, x_element, rule)
     return (a @ b + shift).astype(np.float32).astype(OUTPUTS[out])
 
 
-def bound(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element="e2m1", x_element="e4m3fn", out="bf16", rule="neuron"):
+def bound(
+    x,
+    w,
+    w_scale,
+    x_scale=None,
+    bias=None,
+    m=None,
+    n=None,
+    w_element="e2m1",
+    x_element="e4m3fn",
+    out="bf16",
+    rule="neuron",
+):
     """How far any order of float32 summation may be from the reference.
 
     Code products times powers of two are exact; K terms and the bias added in any order are K roundings of relative size

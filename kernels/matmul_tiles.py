@@ -21,7 +21,7 @@ def ceil_div(a, b):
 
 
 def psum_banks():
-    """All eight banks as [128, 512] float32 tiles; a kernel takes them in turn, so that TensorE fills one while another drains."""
+    """All eight banks as [128, 512] float32 tiles. A kernel takes them in turn: TensorE fills one while another drains."""
     banks = []
     for _ in range(BANKS):
         banks.append(nl.ndarray((PARTITIONS, BANK), nl.float32, buffer=nl.psum))

@@ -59,14 +59,18 @@ def pack(codes, scale, element: str, columns: int | None = None):
     words = sum(quads[..., q] << (bits * q) for q in range(4)).astype(word)
     groups = np.full((columns, -(-tiles // 4) * 4, 4, 4), 127, np.uint8)
     groups.reshape(columns, -1)[:n, : k // 32] = scale
-    rows = groups.reshape(columns, -1, 4, 4, 4).transpose(3, 2, 4, 1, 0)  # quadrant, tile of four, group, scale tile, column
+    rows = groups.reshape(columns, -1, 4, 4, 4).transpose(
+        3, 2, 4, 1, 0
+    )  # quadrant, tile of four, group, scale tile, column
     return np.ascontiguousarray(words), np.ascontiguousarray(rows.reshape(64, -1, columns))
 
 
 def unpack_scales(scale_rows, k: int):
     """Scale rows [64, S, C] -> scale bytes [C, K/32]."""
     columns = scale_rows.shape[2]
-    groups = scale_rows.reshape(4, 4, 4, -1, columns).transpose(4, 3, 1, 0, 2)  # column, scale tile, tile, quadrant, group
+    groups = scale_rows.reshape(4, 4, 4, -1, columns).transpose(
+        4, 3, 1, 0, 2
+    )  # column, scale tile, tile, quadrant, group
     return np.ascontiguousarray(groups.reshape(columns, -1)[:, : k // 32])
 
 

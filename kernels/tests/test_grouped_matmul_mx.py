@@ -152,7 +152,9 @@ def test_refusals(case):
 
 
 def test_every_constraint_of_the_manifest_is_reached():
-    assert {c["name"] for c in harness.manifest("grouped_matmul_mx")["constraints"]} == {c for _, _, c in REFUSALS.values()}
+    assert {c["name"] for c in harness.manifest("grouped_matmul_mx")["constraints"]} == {
+        c for _, _, c in REFUSALS.values()
+    }
 
 
 def test_an_expert_that_does_not_exist_is_an_error():
@@ -179,7 +181,12 @@ COUNTS = {
             "instructions": {"dma": 28, "gpsimd": 2, "scalar": 9, "tensor": 49, "vector": 24},
             "matmul_columns": {"half": 2048, "mx": 4 * 2 * 4 * 4 + 2048, "transpose": 40},
             "dma_bytes_read": {
-                "hbm": (2048 * 1024 + 2048 * 512) // 2 + (2048 * 1024 + 2048 * 512) // 32 + 2 * 4 * 2048 + 4 * 1024 + 2 * 2048 + 4 * 9,
+                "hbm": (2048 * 1024 + 2048 * 512) // 2
+                + (2048 * 1024 + 2048 * 512) // 32
+                + 2 * 4 * 2048
+                + 4 * 1024
+                + 2 * 2048
+                + 4 * 9,
                 "sbuf": 4 * 4 * 2048,
             },
         },
@@ -206,7 +213,10 @@ def test_counts(case):
 MUTANTS = {
     "gate for up": ("K_TILE * (i_tiles + t), width", "K_TILE * t, width"),
     "gate not clamped": ("op1=nl.minimum, operand1=limit)", "op1=nl.maximum, operand1=-limit)"),
-    "gate clamped from below": ("operand0=gate_bias, op1=nl.minimum, operand1=limit)", "operand0=gate_bias, op1=nl.abs_min, operand1=limit)"),
+    "gate clamped from below": (
+        "operand0=gate_bias, op1=nl.minimum, operand1=limit)",
+        "operand0=gate_bias, op1=nl.abs_min, operand1=limit)",
+    ),
     "up not clamped from below": ("operand0=1.0 - limit", "operand0=-1e30"),
     "up clamp without the 1": ("operand1=limit + 1.0", "operand1=limit"),
     "silu": ("op=nl.gelu_apprx_sigmoid", "op=nl.silu"),
@@ -220,13 +230,31 @@ MUTANTS = {
     "take for put": ("put_rows = load_slots(put)", "put_rows = load_slots(take)"),
     "slots transposed": ("[[1, m], [slots, blocks]]", "[[blocks, m], [1, blocks]]"),
     "gather not cleared": ("        clear(rows)\n", ""),
-    "weight scales of the first k tile": ("stationary_scale=weight_scales[t // 4][4 * (t % 4) :, column", "stationary_scale=weight_scales[t // 4][0:, column"),
-    "inner scales of the first k tile": ("stationary_scale=inner_scale[4 * (t % 4) :", "stationary_scale=inner_scale[0:"),
+    "weight scales of the first k tile": (
+        "stationary_scale=weight_scales[t // 4][4 * (t % 4) :, column",
+        "stationary_scale=weight_scales[t // 4][0:, column",
+    ),
+    "inner scales of the first k tile": (
+        "stationary_scale=inner_scale[4 * (t % 4) :",
+        "stationary_scale=inner_scale[0:",
+    ),
     "inner scale rows not shifted": ("dst_scale=inner_scale[4 * (t % 4) :", "dst_scale=inner_scale[0:"),
-    "row scales of the first scale tile": ("moving_scale=scale[4 * (t % 4) :, t // 4, :]", "moving_scale=scale[4 * (t % 4) :, 0, :]"),
-    "down bias of the first block": ("of_expert(bias, expert, start, [[columns", "of_expert(bias, expert, 0, [[columns"),
-    "down columns of the first block": ("weights.append(load_weights(w, kind, expert, t, start, width))\n                for", "weights.append(load_weights(w, kind, expert, t, 0, width))\n                for"),
-    "scale quadrants run together": ("QUADRANT_ROWS * quadrant * depth * columns + s", "QUADRANT_ROWS * quadrant * columns + s"),
+    "row scales of the first scale tile": (
+        "moving_scale=scale[4 * (t % 4) :, t // 4, :]",
+        "moving_scale=scale[4 * (t % 4) :, 0, :]",
+    ),
+    "down bias of the first block": (
+        "of_expert(bias, expert, start, [[columns",
+        "of_expert(bias, expert, 0, [[columns",
+    ),
+    "down columns of the first block": (
+        "weights.append(load_weights(w, kind, expert, t, start, width))\n                for",
+        "weights.append(load_weights(w, kind, expert, t, 0, width))\n                for",
+    ),
+    "scale quadrants run together": (
+        "QUADRANT_ROWS * quadrant * depth * columns + s",
+        "QUADRANT_ROWS * quadrant * columns + s",
+    ),
 }
 
 

@@ -27,7 +27,9 @@ def codes(rng, shape, element):
     return rng.standard_normal(shape).astype(ref.ELEMENTS[element]).view(np.uint8)
 
 
-def problem(seed, m, k, n, x_element="e4m3", w_element="e4m3", scales="channel", bias=None, activation="none", out="f32"):
+def problem(
+    seed, m, k, n, x_element="e4m3", w_element="e4m3", scales="channel", bias=None, activation="none", out="f32"
+):
     """Arguments of the kernel, by name."""
     rng = np.random.default_rng(seed)
     w = ref.pack(codes(rng, (k, n), w_element))
@@ -80,7 +82,9 @@ def test_elements(pair):
 @pytest.mark.parametrize("scales", ["tensor", "channel", "blocks"])
 def test_epilogue(activation, bias, scales):
     for out in ("f32", "bf16"):
-        assert agrees(KERNEL, "trn2", problem(3, 37, 256, 600, scales=scales, bias=bias, activation=activation, out=out))
+        assert agrees(
+            KERNEL, "trn2", problem(3, 37, 256, 600, scales=scales, bias=bias, activation=activation, out=out)
+        )
 
 
 def test_weights_stay_or_stream(monkeypatch):
@@ -115,7 +119,13 @@ def test_every_code_passes_the_transposes():
         x[np.arange(m), np.random.default_rng(6).permutation(m)] = finite
         one = np.ones((1, 1), ref.ELEMENTS[element]).view(np.uint8)
         args = {"x": x, "w": ref.pack(np.repeat(one, m, axis=0)), "x_scale": np.ones((1, 1), np.float32)}
-        args |= {"w_scale": np.ones((1, 1), np.float32), "n": 1, "x_element": element, "w_element": element, "out": "f32"}
+        args |= {
+            "w_scale": np.ones((1, 1), np.float32),
+            "n": 1,
+            "x_element": element,
+            "w_element": element,
+            "out": "f32",
+        }
         (got,) = harness.launch(KERNEL.matmul_fp8, target=target, **args)
         assert np.array_equal(got[:, 0], finite.view(ref.ELEMENTS[element]).astype(np.float32))
 
@@ -162,7 +172,9 @@ def test_goldens():
             "blocks": w_blocks,
             "out": "f32",
         }
-        bound = (case["K"] + 8) * 2.0**-24 * file.get_tensor(f"{at}.abs.{case['act']}.{case['weight']}").astype(np.float64) + 1e-30
+        bound = (case["K"] + 8) * 2.0**-24 * file.get_tensor(f"{at}.abs.{case['act']}.{case['weight']}").astype(
+            np.float64
+        ) + 1e-30
         want = file.get_tensor(f"{at}.y.{case['act']}.{case['weight']}")
         for target in ("trn3",) if "e4m3fn" in (x_element, w_element) else ("trn2", "trn3"):
             (got,) = harness.launch(KERNEL.matmul_fp8, target=target, **args)
@@ -265,22 +277,40 @@ def test_counts(case):
 
 
 MUTANTS = {
-    "double-row halves swapped": ("2 * chunk : 2 * chunk + count, start", "2 * chunk + 1 - count % 2 : 2 * chunk + 1 - count % 2 + count, start"),
-    "first chunk accumulates": ("accumulate=(chunk > 0),\n            perf_mode", "accumulate=True,\n            perf_mode"),
+    "double-row halves swapped": (
+        "2 * chunk : 2 * chunk + count, start",
+        "2 * chunk + 1 - count % 2 : 2 * chunk + 1 - count % 2 + count, start",
+    ),
+    "first chunk accumulates": (
+        "accumulate=(chunk > 0),\n            perf_mode",
+        "accumulate=True,\n            perf_mode",
+    ),
     "no accumulation": ("accumulate=(chunk > 0),\n            perf_mode", "accumulate=False,\n            perf_mode"),
-    "leftover chunk overwrites": ("first : first + width], accumulate=(chunk > 0)\n", "first : first + width], accumulate=False\n"),
+    "leftover chunk overwrites": (
+        "accumulate=(chunk > 0),\n        )\n\n",
+        "accumulate=False,\n        )\n\n",
+    ),
     "k tail not cleared": ("if have < width:", "if False:"),
     "row scale of the first tile": ("src=x_scale[row : row + m, 0:1]", "src=x_scale[0:m, 0:1]"),
     "weight scale forgotten": ("data1=scale, data2=factor, op=nl.multiply", "data1=scale, data2=factor, op=nl.maximum"),
     "column scale of the first bank": ("column_scale[0:m, at : at + part]", "column_scale[0:m, 0:part]"),
-    "bias before scale": ("op0=nl.multiply, operand0=row_scale, op1=nl.add, operand1=bias", "op0=nl.multiply, operand0=row_scale, op1=nl.multiply, operand1=bias"),
+    "bias before scale": (
+        "op0=nl.multiply, operand0=row_scale, op1=nl.add, operand1=bias",
+        "op0=nl.multiply, operand0=row_scale, op1=nl.multiply, operand1=bias",
+    ),
     "bias subtracted": ("data1=tile, data2=bias, op=nl.add", "data1=tile, data2=bias, op=nl.subtract"),
     "block factor of the next column block": ("factors, b * halves + h, h == 0", "factors, h, h == 0"),
     "block factor of the first half": ("b * halves + h, h == 0", "b * halves, h == 0"),
     "block sum restarts": ("h == 0, b % 2", "h == 2, b % 2"),
     "GpSimd term dropped": ("data1=total, data2=term, op=nl.add", "data1=total, data2=term, op=nl.maximum"),
-    "banks not rotated": ("acc = banks[(first_bank + i) % BANKS][0:m, 0:part]\n                            multiply", "acc = banks[first_bank % BANKS][0:m, 0:part]\n                            multiply"),
-    "activation skipped": ("    if op != nl.copy:\n        nisa.activation(dst=dst, op=op, data=tile)\n", "    if op != nl.copy:\n        nisa.tensor_copy(dst=dst, src=tile)\n"),
+    "banks not rotated": (
+        "acc = banks[(first_bank + i) % BANKS][0:m, 0:part]\n                            multiply",
+        "acc = banks[first_bank % BANKS][0:m, 0:part]\n                            multiply",
+    ),
+    "activation skipped": (
+        "    if op != nl.copy:\n        nisa.activation(dst=dst, op=op, data=tile)\n",
+        "    if op != nl.copy:\n        nisa.tensor_copy(dst=dst, src=tile)\n",
+    ),
     "stale weights": ("tile = weights[number * chunks + c]", "tile = weights[c]"),
     "transposes overlap": ("dst=bank[:, m * i : m * (i + 1)]", "dst=bank[:, 0:m]"),
     "spread starts at 0": ("matmul_tiles", "src=row[0:1, start : start + n]", "src=row[0:1, 0:n]"),

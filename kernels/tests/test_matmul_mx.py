@@ -142,7 +142,9 @@ def test_goldens():
         args = {"x": x, "w": w, "w_scale": w_scale, "x_scale": x_scale, "m": case["M"], "n": case["N"], "out": "f32"}
         args |= {"w_element": GOLDEN[case["weight"]], "x_element": GOLDEN[case["act"]]}
         (got,) = harness.launch(KERNEL.matmul_mx, target="trn3", **args)
-        bound = (case["K"] + 8) * 2.0**-24 * file.get_tensor(f"{at}.abs.{case['act']}.{case['weight']}").astype(np.float64) + 1e-30
+        bound = (case["K"] + 8) * 2.0**-24 * file.get_tensor(f"{at}.abs.{case['act']}.{case['weight']}").astype(
+            np.float64
+        ) + 1e-30
         assert harness.within(got, file.get_tensor(f"{at}.y.{case['act']}.{case['weight']}"), bound), case
         ran += 1
     assert ran > 0
@@ -205,7 +207,10 @@ COUNTS = {
         {
             "instructions": {"dma": 11, "gpsimd": 3, "scalar": 3, "tensor": 18, "vector": 9},
             "matmul_columns": {"half": 600, "mx": 2 * 2 * 600, "transpose": 4 * 130},
-            "dma_bytes_read": {"hbm": 2 * 128 * 600 * 2 + 2 * 16 * 600 + 2 * 130 * 544 + 2 * 600, "sbuf": 2 * 130 * 600},
+            "dma_bytes_read": {
+                "hbm": 2 * 128 * 600 * 2 + 2 * 16 * 600 + 2 * 130 * 544 + 2 * 600,
+                "sbuf": 2 * 130 * 600,
+            },
             "dma_descriptors": 549,
             "psum_banks_high_water": 2,
             "sbuf_high_water": 6618,
@@ -241,8 +246,14 @@ def test_counts(case):
 
 MUTANTS = {
     "scales of the first k tile": ("moving_scale=tile_scale[4 * (t % 4) :", "moving_scale=tile_scale[0:"),
-    "row scales of the first k tile": ("stationary_scale=row_scales[r][4 * (t % 4) :", "stationary_scale=row_scales[r][0:"),
-    "row scales of the first scale tile": (":, t // 4, :],\n                            moving_scale", ":, 0, :],\n                            moving_scale"),
+    "row scales of the first k tile": (
+        "stationary_scale=row_scales[r][4 * (t % 4) :",
+        "stationary_scale=row_scales[r][0:",
+    ),
+    "row scales of the first scale tile": (
+        ":, t // 4, :],\n                            moving_scale",
+        ":, 0, :],\n                            moving_scale",
+    ),
     "no accumulation": ("accumulate=(t > 0)", "accumulate=False"),
     "accumulates what the bank held": ("accumulate=(t > 0)", "accumulate=True"),
     "k tail not cleared": ("elif have < width:", "elif False:"),
@@ -256,11 +267,23 @@ MUTANTS = {
     "output of the first tile": ("dst=y[row : row + count", "dst=y[0:count"),
     "banks not rotated": ("dst=banks[(first_bank + i) % BANKS][0:even", "dst=banks[first_bank % BANKS][0:even"),
     "pairs swapped": ("matmul_tiles", "data=pairs[:, start + half :", "data=pairs[:, start + 1 - half :"),
-    "pairs not interleaved": ("matmul_tiles", "dst=bank[:, 2 * m * i + half : 2 * m * (i + 1) : 2]", "dst=bank[:, 2 * m * i + half * m : 2 * m * i + half * m + m]"),
+    "pairs not interleaved": (
+        "matmul_tiles",
+        "dst=bank[:, 2 * m * i + half : 2 * m * (i + 1) : 2]",
+        "dst=bank[:, 2 * m * i + half * m : 2 * m * i + half * m + m]",
+    ),
     "quantized in place of the neighbour": ("matmul_tiles", "dst=data[:, t, :]", "dst=data[:, start_tile + first, :]"),
     "scale rows not shifted": ("matmul_tiles", "dst_scale=scale[4 * (t % 4) :", "dst_scale=scale[0:"),
-    "quadrants adjacent": ("matmul_tiles", "dst=out[32 * quadrant : 32 * quadrant + rows", "dst=out[16 * quadrant : 16 * quadrant + rows"),
-    "scale rows of a k tile forgotten": ("matmul_tiles", "return 4 * min(4, tiles - 4 * s)", "return 4 * min(3, tiles - 4 * s)"),
+    "quadrants adjacent": (
+        "matmul_tiles",
+        "dst=out[32 * quadrant : 32 * quadrant + rows",
+        "dst=out[16 * quadrant : 16 * quadrant + rows",
+    ),
+    "scale rows of a k tile forgotten": (
+        "matmul_tiles",
+        "return 4 * min(4, tiles - 4 * s)",
+        "return 4 * min(3, tiles - 4 * s)",
+    ),
     "one quadrant four times": ("matmul_tiles", "row = QUADRANT_ROWS * quadrant", "row = 0"),
 }
 
