@@ -51,7 +51,8 @@ def check(x, gamma, eps):
 def load_ahead(waiting, x, tile):
     """Loads rows of x, 128 to a tile, until tile `tile` + LOADS_AHEAD is under way; stores queue behind loads.
 
-    `waiting` holds the tiles loaded so far."""
+    `waiting` holds the tiles loaded so far.
+    """
     while len(waiting) <= tile + LOADS_AHEAD and len(waiting) * PARTITIONS < x.shape[0]:
         row = len(waiting) * PARTITIONS
         m = min(PARTITIONS, x.shape[0] - row)
@@ -60,11 +61,9 @@ def load_ahead(waiting, x, tile):
         waiting.append(rows)
 
 
-def scaled_rows(rows, m, k, weight, eps):
-    """x * gamma of the first m rows of a loaded tile as [128, K] f32, and 1 / rms as [128, 1].
-
-    ScalarE squares and sums while GpSimd multiplies: neither needs the other, because the row's factor commutes with gamma.
-    """
+def row_factor(rows, m, eps):
+    """1 / rms of the first m rows of a tile as [128, 1]: K is the real row length, never a padded one."""
+    k = rows.shape[1]
     squares = nl.ndarray((PARTITIONS, k), nl.bfloat16, buffer=nl.sbuf)  # not read: only the sum counts
     total = nl.ndarray((PARTITIONS, 1), nl.float32, buffer=nl.sbuf)
     nisa.activation(
@@ -73,11 +72,7 @@ def scaled_rows(rows, m, k, weight, eps):
     )  # fmt: skip
     factor = nl.ndarray((PARTITIONS, 1), nl.float32, buffer=nl.sbuf)
     nisa.activation(dst=factor[:m], op=nl.rsqrt, data=total[:m], scale=1.0 / k, bias=eps)
-    product = nl.ndarray((PARTITIONS, k), nl.float32, buffer=nl.sbuf)
-    nisa.tensor_tensor(
-        dst=product[:m], data1=rows[:m], data2=weight[:m], op=nl.multiply, engine=nisa.engine.gpsimd
-    )
-    return product, factor
+    return factor
 
 
 def fp8_type(element):
@@ -113,7 +108,13 @@ def rmsnorm_quantize_fp8(x, gamma, eps=1e-5, element="e4m3"):
                 row = group + tile * PARTITIONS
                 m = min(PARTITIONS, m_all - row)
                 load_ahead(waiting, x, row // PARTITIONS)
-                product, factor = scaled_rows(waiting[row // PARTITIONS], m, k, weight, eps)
+                rows = waiting[row // PARTITIONS]
+                factor = row_factor(rows, m, eps)
+                # GpSimd multiplies while ScalarE still sums: 1 / rms commutes with gamma.
+                product = nl.ndarray((PARTITIONS, k), nl.float32, buffer=nl.sbuf)
+                nisa.tensor_tensor(
+                    dst=product[:m], data1=rows[:m], data2=weight[:m], op=nl.multiply, engine=nisa.engine.gpsimd
+                )
                 inverse = row_scale(columns[:m, tile : tile + 1], product[:m], factor[:m], top)
                 loaded.append((product, inverse))
             if tile > 0:
@@ -182,13 +183,13 @@ def rmsnorm_quantize_mx(x, gamma, eps=1e-5, element="e4m3fn"):
     banks = psum_banks()
     weight, turn = spread_row(gamma, 0, k, min(PARTITIONS, m_all), banks, 0)
     waiting = []
-    loaded = []
+    factors = []
     for start in range(0, columns, PARTITIONS):
-        # The next 128 rows are loaded, summed and multiplied before these are quantized: no engine waits for another.
-        while len(loaded) * PARTITIONS < min(start + 2 * PARTITIONS, m_all):
-            tile = len(loaded)
+        # The next 128 rows are loaded and summed before these are quantized: no engine waits for another.
+        while len(factors) * PARTITIONS < min(start + 2 * PARTITIONS, m_all):
+            tile = len(factors)
             load_ahead(waiting, x, tile)
-            loaded.append(scaled_rows(waiting[tile], min(PARTITIONS, m_all - tile * PARTITIONS), k, weight, eps))
+            factors.append(row_factor(waiting[tile], min(PARTITIONS, m_all - tile * PARTITIONS), eps))
         group = start // GROUP * GROUP
         here = min(GROUP, columns - group)
         if start == group:
@@ -196,7 +197,6 @@ def rmsnorm_quantize_mx(x, gamma, eps=1e-5, element="e4m3fn"):
             scale = nl.ndarray((PARTITIONS, scale_tiles, here), nl.uint8, buffer=nl.sbuf)
             if tiles % 4 > 0:
                 nisa.memset(dst=scale[:, scale_tiles - 1], value=NO_SCALE, engine=nisa.engine.gpsimd)
-        product, factor = loaded[start // PARTITIONS]
         even = min(PARTITIONS, columns - start)
         m = min(PARTITIONS, m_all - start)
         rows = nl.ndarray((even, 512 * tiles), nl.bfloat16, buffer=nl.sbuf)
@@ -204,8 +204,11 @@ def rmsnorm_quantize_mx(x, gamma, eps=1e-5, element="e4m3fn"):
             clear(rows)
         elif k < 512 * tiles:
             clear(rows[:, k : 512 * tiles])
-        # VectorE: ScalarE has the squares and the copies of quantize_rows.
-        nisa.tensor_scalar(dst=rows[:m, :k], data=product[:m], op0=nl.multiply, operand0=factor[:m])
+        tile = start // PARTITIONS
+        nisa.scalar_tensor_tensor(
+            dst=rows[:m, :k], data=waiting[tile][:m], op0=nl.multiply, operand0=factors[tile][:m], op1=nl.multiply,
+            operand1=weight[:m],
+        )  # fmt: skip
         at = nl.ds(start - group, even)
         turn = quantize_rows(rows, 0, data[:, :, at], scale[:, :, at], banks, turn)
         if start + even < group + here:

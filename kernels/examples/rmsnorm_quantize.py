@@ -1,41 +1,51 @@
-"""Examples of rmsnorm_quantize on data without rounding: rows of one magnitude, a power of two, so that 1 / rms is one too."""
+"""Examples of rmsnorm_quantize: data on which every step is exact or rounds once, so that executors agree to the bit.
+
+Rows hold -2..2 with a mean of squares of exactly 1, times a power of two whose square swallows eps: 1 / rms is a power of two
+whatever the order of the sum. gamma is integers.
+"""
 
 import ml_dtypes
 import numpy as np
 from trace import Example
 
 BF16 = ml_dtypes.bfloat16
-# entry: name: target, M, K, element, type of x
+EPS = 2.0**-60
+# name: target, entry, M, K (a power of two), element, dtype of x
 CASES = {
-    "rmsnorm_quantize_fp8": {
-        "trn2": ("trn2", 5, 96, "e4m3", BF16),
-        "trn3": ("trn3", 130, 40, "e4m3fn", np.float32),
-    },
-    "rmsnorm_quantize_mx": {
-        "e4m3fn": ("trn3", 5, 96, "e4m3fn", BF16),
-        "e5m2": ("trn3", 34, 544, "e5m2", BF16),
-    },
+    "e4m3": ("trn2", "rmsnorm_quantize_fp8", 131, 256, "e4m3", BF16),
+    "e5m2_f32": ("trn2", "rmsnorm_quantize_fp8", 20, 64, "e5m2", np.float32),
+    "e4m3fn": ("trn3", "rmsnorm_quantize_fp8", 33, 128, "e4m3fn", BF16),
+    "ragged": ("trn3", "rmsnorm_quantize_mx", 35, 64, "e4m3fn", BF16),
+    "tiles": ("trn3", "rmsnorm_quantize_mx", 8, 4096, "e5m2", BF16),
 }
-# Largest value of each element: as a row's largest result it makes the row's scale 1.
-TOP = {"e4m3": 240.0, "e4m3fn": 448.0, "e5m2": 57344.0}
+# A shape for the cost model only.
+LARGE = {
+    "large": ("trn2", "rmsnorm_quantize_fp8", 1024, 4096, "e4m3", BF16),
+    "large_mx": ("trn3", "rmsnorm_quantize_mx", 1024, 4096, "e4m3fn", BF16),
+}
 
 
 def examples() -> list[Example]:
-    """One for each case; executors must agree to the bit."""
-    return [_example(e, name, case) for e, cases in CASES.items() for name, case in cases.items()]
+    """One for each case."""
+    return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
 
 
-def _example(entry: str, name: str, case: tuple) -> Example:
-    target, m, k, element, x_type = case
-    rng = np.random.default_rng(m * k)
-    signs = rng.choice([-1.0, 1.0], (m, k))
-    x = signs * np.exp2(rng.integers(-6, 7, (m, 1)))
-    gamma = rng.integers(1, 16, (1, k)) * np.exp2(rng.integers(-3, 3, (1, k)))
-    gamma[0, 0] = TOP[element]
-    args = {
-        "x": x.astype(x_type),
-        "gamma": gamma.astype(np.float32).astype(BF16),
-        "eps": 2.0**-80,  # nothing beside the mean
-        "element": element,
-    }
+def large() -> list[Example]:
+    """Those of LARGE."""
+    return [_example(name, case, 0) for name, case in LARGE.items()]
+
+
+def _row(rng, k: int) -> np.ndarray:
+    """b twos, k - 4 b ones, 3 b zeros, shuffled, with signs: squares sum to k."""
+    twos = int(rng.integers(0, k // 4 + 1))
+    row = np.concatenate([np.full(twos, 2.0), np.ones(k - 4 * twos), np.zeros(3 * twos)])
+    return rng.permutation(row) * rng.choice([-1.0, 1.0], k)
+
+
+def _example(name: str, case: tuple, seed: int) -> Example:
+    target, entry, m, k, element, dtype = case
+    rng = np.random.default_rng(seed)
+    x = np.stack([_row(rng, k) for _ in range(m)]) * np.exp2(rng.integers(-6, 7, (m, 1)))
+    gamma = rng.integers(-15, 16, (1, k)).astype(np.float32)
+    args = {"x": x.astype(np.float32).astype(dtype), "gamma": gamma.astype(BF16), "eps": EPS, "element": element}
     return Example(name, target, "rmsnorm_quantize.py", entry, args, (None, None))
