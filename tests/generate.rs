@@ -157,6 +157,14 @@ fn spoiled_models_are_refused_in_one_line() {
         let text = String::from_utf8(b[8..8 + header].to_vec()).unwrap().replace("BF16", "F32 ");
         b[8..8 + header].copy_from_slice(text.as_bytes());
     })));
+    // A scale that is NaN: damage, found when weights are packed, before the first token.
+    let said = refused(&weights(|b| {
+        let header = u64::from_le_bytes(b[..8].try_into().unwrap()) as usize;
+        let tensors: Value = serde_json::from_slice(&b[8..8 + header]).unwrap();
+        let tensor = &tensors["model.layers.0.mlp.experts.down_proj_scales"];
+        b[8 + header + tensor["data_offsets"][0].as_u64().unwrap() as usize] = 255;
+    }));
+    assert_eq!(said, "layer 0, down of expert 0: scales[0]: got code 0xff, needed a finite block scale");
     for (key, value) in [
         ("vocab_size", 5.into()),
         ("head_dim", (1u64 << 62).into()),

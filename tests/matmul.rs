@@ -334,6 +334,9 @@ fn nan_and_infinity_are_never_numbers() {
     w.scales[3 * 2 + 1] = 255;
     let y = run(cpu, MatRef::new(&x, 1, k).unwrap().into(), &cpu.pack(&w.view()).unwrap(), &MatmulOptions::default());
     assert!(y.iter().enumerate().all(|(j, y)| y.is_nan() == (j == 3)), "scale 255");
+    assert!(!cpu.pack(&w.view()).unwrap().is_finite());
+    w.scales[3 * 2 + 1] = 127;
+    assert!(cpu.pack(&w.view()).unwrap().is_finite());
     for (code, expect_nan) in [(0x7Fu8, true), (0xFF, true)] {
         let mut w = RandomMatrix::new(&mut rng, Scheme::Fp8PerChannel(Fp8::E4M3Fn), n, k, 1);
         w.codes[5 * k + 40] = code;

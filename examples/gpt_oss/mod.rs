@@ -25,8 +25,8 @@ struct Linear {
 }
 
 impl Linear {
-    fn pack(cpu: &Cpu<'_>, dense: &Dense<'_>) -> Result<Self> {
-        Ok(Linear { weight: cpu.pack(&dense.weight)?, bias: dense.bias.clone() })
+    fn pack(cpu: &Cpu<'_>, dense: &Dense<'_>, name: &str) -> Result<Self> {
+        Ok(Linear { weight: pack(cpu, &dense.weight, name)?, bias: dense.bias.clone() })
     }
 }
 
@@ -37,9 +37,22 @@ struct ExpertLinear {
 }
 
 impl ExpertLinear {
-    fn pack(cpu: &Cpu<'_>, experts: &Experts<'_>) -> Result<Self> {
-        Ok(ExpertLinear { weight: cpu.pack_experts(&experts.weight)?, bias: experts.bias.clone() })
+    fn pack(cpu: &Cpu<'_>, experts: &Experts<'_>, name: &str) -> Result<Self> {
+        let packed =
+            experts.weight.iter().enumerate().map(|(e, weight)| pack(cpu, weight, &format!("{name} of expert {e}")));
+        Ok(ExpertLinear { weight: PackedExperts::new(packed.collect::<Result<_>>()?)?, bias: experts.bias.clone() })
     }
+}
+
+/// Packs a weight that must be all numbers: a NaN in a checkpoint is damage, and would make NaN of every token.
+fn pack(cpu: &Cpu<'_>, weight: &QuantizedMatrix<'_>, name: &str) -> Result<PackedMatrix> {
+    let packed = cpu.pack(weight)?;
+    if !packed.is_finite() {
+        let problem =
+            weight.check_finite().map_or_else(|e| e.to_string(), |()| "a weight is beyond bf16's range".into());
+        return Err(Error::Checkpoint { at: name.into(), problem });
+    }
+    Ok(packed)
 }
 
 struct Layer {
@@ -90,6 +103,7 @@ impl<'a> Model<'a> {
         let mut layers = vec![];
         for i in 0..config.num_hidden_layers {
             let layer = source.layer(i)?;
+            let name = |part: &str| format!("layer {i}, {part}");
             layers.push(Layer {
                 attention: AttentionSpec {
                     num_qo_heads: config.num_attention_heads,
@@ -102,13 +116,13 @@ impl<'a> Model<'a> {
                     window_left: layer.window.map(|window| window - 1),
                     logits_soft_cap: None,
                 },
-                q: Linear::pack(cpu, &layer.q)?,
-                k: Linear::pack(cpu, &layer.k)?,
-                v: Linear::pack(cpu, &layer.v)?,
-                o: Linear::pack(cpu, &layer.o)?,
-                router: Linear::pack(cpu, &layer.router)?,
-                gate_up: ExpertLinear::pack(cpu, &layer.gate_up)?,
-                down: ExpertLinear::pack(cpu, &layer.down)?,
+                q: Linear::pack(cpu, &layer.q, &name("q"))?,
+                k: Linear::pack(cpu, &layer.k, &name("k"))?,
+                v: Linear::pack(cpu, &layer.v, &name("v"))?,
+                o: Linear::pack(cpu, &layer.o, &name("o"))?,
+                router: Linear::pack(cpu, &layer.router, &name("router"))?,
+                gate_up: ExpertLinear::pack(cpu, &layer.gate_up, &name("gate_up"))?,
+                down: ExpertLinear::pack(cpu, &layer.down, &name("down"))?,
                 attn_norm: layer.attn_norm,
                 mlp_norm: layer.mlp_norm,
                 sinks: layer.sinks,
@@ -119,7 +133,7 @@ impl<'a> Model<'a> {
             embedding: source.embedding()?,
             layers,
             final_norm: source.final_norm()?,
-            lm_head: cpu.pack(&source.lm_head()?)?,
+            lm_head: pack(cpu, &source.lm_head()?, "lm_head")?,
             frequencies: RopeFrequencies::new(config.rope_theta, config.head_dim, scaling)?,
             swiglu: SwigluSpec { limit: Some(config.swiglu_limit as f32), ..SwigluSpec::GPT_OSS },
             config,

@@ -23,6 +23,7 @@ pub struct PackedMatrix {
     data: Vec<u8>,
     outer: Outer,
     smallest: Smallest,
+    finite: bool,
 }
 
 /// f32 scales.
@@ -50,6 +51,12 @@ impl PackedMatrix {
     /// Columns: the contraction axis.
     pub fn k(&self) -> usize {
         self.k
+    }
+
+    /// Whether every weight is a number: no NaN or infinite code, no NaN scale (f32 scales always are finite). Known since
+    /// packing, at no cost; [`QuantizedMatrix::check_finite`] says where.
+    pub fn is_finite(&self) -> bool {
+        self.finite
     }
 
     /// Bytes held.
@@ -190,17 +197,21 @@ impl Cpu<'_> {
         let panel = mul("packed weights", steps, record_bytes(scheme))?;
         let mut data = vec![0; mul("packed weights", panels, panel)?];
         // One for each panel that holds anything: without columns there is no memory that would bound n.
-        let mut seen = vec![Smallest::BF16; if steps == 0 { 0 } else { panels }];
+        let mut seen = vec![(Smallest::BF16, true); if steps == 0 { 0 } else { panels }];
         let tier = self.tier();
         for_each_zip(self.parallelism(), (&mut data, panel), (&mut seen, 1), |p, data, seen| {
             let mut decoded = [0.0; DECODED];
             for (step, record) in data.chunks_exact_mut(record_bytes(scheme)).enumerate() {
                 write_record(w, p * LANES, step, record);
                 decode_record(tier, scheme, record, &mut decoded);
-                seen.iter_mut().for_each(|s| s.see(&decoded));
+                for (smallest, finite) in &mut *seen {
+                    smallest.see(&decoded);
+                    *finite &= decoded.iter().fold(true, |all, v| all & v.is_finite());
+                }
             }
         });
-        let smallest = seen.into_iter().fold(Smallest::BF16, Smallest::merge);
-        Ok(PackedMatrix { scheme, n: w.n(), k: w.k(), data, outer: outer(w), smallest })
+        let (smallest, finite) =
+            seen.into_iter().fold((Smallest::BF16, true), |(s, all), (seen, finite)| (s.merge(seen), all && finite));
+        Ok(PackedMatrix { scheme, n: w.n(), k: w.k(), data, outer: outer(w), smallest, finite })
     }
 }
