@@ -13,7 +13,7 @@ use std::error::Error;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use trn_kernels::checkpoint::{Checkpoint, GptOss};
+use trn_kernels::checkpoint::{Checkpoint, GptOss, GptOssConfig};
 use trn_kernels::kv::KvFormat;
 use trn_kernels::num::{Fp8, Real};
 use trn_kernels::{Cpu, Parallelism, layer};
@@ -66,6 +66,12 @@ struct Args {
     /// Write a safetensors file: `logits` f32 [T, V] of every prompt position, `generated` i64
     #[arg(long, value_name = "OUT")]
     logits: Option<PathBuf>,
+}
+
+impl Args {
+    fn kv_format(&self) -> KvFormat {
+        self.kv.unwrap_or(if self.acts == Acts::F32 { Kv::F32 } else { Kv::Bf16 }).format()
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -123,6 +129,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let checkpoint = unsafe { Checkpoint::map(&args.model) }?;
     let source = GptOss::new(&checkpoint)?;
     let prompt = prompt(args, source.config().vocab_size)?;
+    check_blocks(args, source.config())?;
     // Opened before the long work, so that a path that cannot be written costs nothing.
     let output = args.logits.as_deref().map(LogitsFile::create).transpose()?;
 
@@ -139,6 +146,18 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     }
 }
 
+/// Refuses formats whose blocks do not divide the model's axes, before the long work.
+fn check_blocks(args: &Args, config: &GptOssConfig) -> Result<(), Box<dyn Error>> {
+    let (kv, width) = (args.kv_format(), config.num_attention_heads * config.head_dim);
+    if !config.head_dim.is_multiple_of(kv.block()) {
+        return Err(format!("--kv {kv:?}: head_dim is {}, needed a multiple of {}", config.head_dim, kv.block()).into());
+    }
+    if args.acts == Acts::Mxfp8 && !width.is_multiple_of(32) {
+        return Err(format!("--acts mxfp8: the heads' width is {width}, needed a multiple of 32").into());
+    }
+    Ok(())
+}
+
 /// Prefill in chunks, then one token at a time.
 fn generate<T: Real>(
     args: &Args,
@@ -147,9 +166,8 @@ fn generate<T: Real>(
     prompt: &[u32],
     output: Option<LogitsFile>,
 ) -> Result<(), Box<dyn Error>> {
-    let kv = args.kv.unwrap_or(if args.acts == Acts::F32 { Kv::F32 } else { Kv::Bf16 });
     let room = prompt.len().checked_add(args.steps).ok_or("--steps: too many to count together with the prompt")?;
-    let mut session = Session::<T>::new(model, cpu, args.acts == Acts::Mxfp8, kv.format(), room)?;
+    let mut session = Session::<T>::new(model, cpu, args.acts == Acts::Mxfp8, args.kv_format(), room)?;
     let vocab = model.config.vocab_size;
     let (mut logits, mut all_logits) = (vec![], vec![]);
 

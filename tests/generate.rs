@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
-use support::{Golden, golden_dir};
+use support::{Golden, golden_dir, uint};
 use tempfile::TempDir;
 use trn_kernels::checkpoint::Checkpoint;
 
@@ -91,8 +91,28 @@ fn prints_the_greedy_tokens_and_writes_the_logits() {
     // The prompt from a file, and the other caches and activations: as many tokens as asked for.
     let listed = folder.path().join("prompt.txt");
     std::fs::write(&listed, words(&prompt, "\n")).unwrap();
+    let config: Value = serde_json::from_slice(&std::fs::read(model().join("config.json")).unwrap()).unwrap();
+    let (head_dim, heads) = (uint(&config, "head_dim"), uint(&config, "num_attention_heads"));
+    let block = |kv: &str| {
+        if kv.starts_with("mx") {
+            32
+        } else if kv == "nvfp4" {
+            16
+        } else {
+            1
+        }
+    };
     for (kv, acts) in [("bf16", "bf16"), ("fp8", "bf16"), ("mxfp8", "mxfp8"), ("mxfp4", "f32"), ("nvfp4", "bf16")] {
         let ours = ["--tokens-file", listed.to_str().unwrap(), "--kv", kv, "--acts", acts, "--steps", "3"];
+        // Blocks run along head_dim, and along the heads' width where activations are quantized.
+        if head_dim % block(kv) != 0 {
+            assert!(refusal(&model(), &ours).contains("head_dim"), "{kv} {acts}");
+            continue;
+        }
+        if acts == "mxfp8" && heads * head_dim % 32 != 0 {
+            assert!(refusal(&model(), &ours).contains("multiple of 32"), "{kv} {acts}");
+            continue;
+        }
         let output = generate(&model(), &ours);
         assert!(output.status.success(), "{kv} {acts}: {}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(String::from_utf8(output.stdout).unwrap().split_whitespace().count(), 3, "{kv} {acts}");
