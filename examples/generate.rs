@@ -13,6 +13,7 @@ use std::error::Error;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use trn_kernels::backend::{Backend, CpuBackend, OracleBackend};
 use trn_kernels::checkpoint::{Checkpoint, GptOss, GptOssConfig};
 use trn_kernels::kv::KvFormat;
 use trn_kernels::num::{Fp8, Real};
@@ -55,6 +56,10 @@ struct Args {
     #[arg(long, value_enum)]
     kv: Option<Kv>,
 
+    /// Who computes matmuls and attention: the CPU kernels, or the f64 oracle that defines them (slow)
+    #[arg(long, value_enum, default_value_t = On::Cpu)]
+    backend: On,
+
     /// Threads [default: all cores]; results do not depend on it
     #[arg(long)]
     threads: Option<usize>,
@@ -79,6 +84,19 @@ enum Acts {
     F32,
     Bf16,
     Mxfp8,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum On {
+    Cpu,
+    Oracle,
+}
+
+fn backend<'w>(on: On, cpu: Cpu<'w>) -> Box<dyn Backend<'w> + 'w> {
+    match on {
+        On::Cpu => Box::new(CpuBackend::new(cpu)),
+        On::Oracle => Box::new(OracleBackend::new()),
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -133,16 +151,9 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     // Opened before the long work, so that a path that cannot be written costs nothing.
     let output = args.logits.as_deref().map(LogitsFile::create).transpose()?;
 
-    let bar = progress(source.config().num_hidden_layers, "packing layers");
-    let clock = Instant::now();
-    let model = Model::load(&cpu, &source, || bar.inc(1))?;
-    bar.finish_and_clear();
-    let files = checkpoint.bytes() as f64 / 1e6;
-    eprintln!("packed {files:.1} MB of checkpoint in {:.2} s on {threads} threads", clock.elapsed().as_secs_f64());
-
     match args.acts {
-        Acts::F32 => generate::<f32>(args, cpu, &model, &prompt, output),
-        Acts::Bf16 | Acts::Mxfp8 => generate::<bf16>(args, cpu, &model, &prompt, output),
+        Acts::F32 => generate::<f32>(args, cpu, &source, &prompt, output),
+        Acts::Bf16 | Acts::Mxfp8 => generate::<bf16>(args, cpu, &source, &prompt, output),
     }
 }
 
@@ -162,12 +173,19 @@ fn check_blocks(args: &Args, config: &GptOssConfig) -> Result<(), Box<dyn Error>
 fn generate<T: Real>(
     args: &Args,
     cpu: Cpu<'_>,
-    model: &Model<'_>,
+    source: &GptOss<'_>,
     prompt: &[u32],
     output: Option<LogitsFile>,
 ) -> Result<(), Box<dyn Error>> {
+    let mut backend = backend(args.backend, cpu);
+    let bar = progress(source.config().num_hidden_layers, "packing layers");
+    let clock = Instant::now();
+    let model = Model::load::<T>(&mut *backend, source, args.acts == Acts::Mxfp8, || bar.inc(1))?;
+    bar.finish_and_clear();
+    eprintln!("packed the checkpoint for the {} in {:.2} s", backend.name(), clock.elapsed().as_secs_f64());
+
     let room = prompt.len().checked_add(args.steps).ok_or("--steps: too many to count together with the prompt")?;
-    let mut session = Session::<T>::new(model, cpu, args.acts == Acts::Mxfp8, args.kv_format(), room)?;
+    let mut session = Session::<T>::new(&model, &mut *backend, cpu, args.kv_format(), room)?;
     let vocab = model.config.vocab_size;
     let (mut logits, mut all_logits) = (vec![], vec![]);
 

@@ -3,10 +3,12 @@
 //! # Modules
 //!
 //! Dependencies point one way: [`num`] and [`quant`] say what numbers and matrices are; [`matmul`], [`attention`] (over
-//! [`kv`]) and [`layer`] compute on them; [`cpu`] is the machine and [`trainium`] the device on paper. Operations are methods of [`Cpu`] or take one.
+//! [`kv`]) and [`layer`] compute on them; [`cpu`] is the machine and [`trainium`] the device on paper. Operations are methods of [`Cpu`] or take one;
+//! [`backend`] puts them behind one trait, for runtimes that also run elsewhere.
 #![deny(unsafe_code)]
 
 pub mod attention;
+pub mod backend;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod cpu;

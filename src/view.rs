@@ -231,6 +231,16 @@ macro_rules! heads {
                 self.token_stride
             }
 
+            /// Data and extents: tokens, heads, head_dim, token_stride.
+            pub(crate) fn into_parts(self) -> ($slice, [usize; 4]) {
+                (self.data, [self.tokens, self.heads, self.head_dim, self.token_stride])
+            }
+
+            /// What [`into_parts`](Self::into_parts) gave, its elements perhaps under another name of their type.
+            pub(crate) fn from_parts((data, [tokens, heads, head_dim, token_stride]): ($slice, [usize; 4])) -> Self {
+                Self { data, tokens, heads, head_dim, token_stride }
+            }
+
             /// The `head_dim` elements of token `t`, head `h`, or `None` outside the extents.
             pub fn head(&self, t: usize, h: usize) -> Option<&[T]> {
                 if t >= self.tokens || h >= self.heads {

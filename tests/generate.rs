@@ -184,7 +184,7 @@ fn spoiled_models_are_refused_in_one_line() {
         let tensor = &tensors["model.layers.0.mlp.experts.down_proj_scales"];
         b[8 + header + tensor["data_offsets"][0].as_u64().unwrap() as usize] = 255;
     }));
-    assert_eq!(said, "layer 0, down of expert 0: scales[0]: got code 0xff, needed a finite block scale");
+    assert_eq!(said, "layer 0, experts: down of expert 0, scales[0]: got code 0xff, needed a finite block scale");
     for (key, value) in [
         ("vocab_size", 5.into()),
         ("head_dim", (1u64 << 62).into()),

@@ -3,86 +3,69 @@
 //! Shapes: T tokens of a step, H hidden size, V vocabulary, E experts, K of them for each token, I expert width.
 
 use std::time::{Duration, Instant};
-use trn_kernels::attention::{AttentionOut, AttentionSpec, Queries, plan_decode};
-use trn_kernels::checkpoint::{Dense, Experts, GptOss, GptOssConfig};
-use trn_kernels::kv::{KvConfig, KvFormat, KvPool, KvSequence, PageTable, append_kv};
+use trn_kernels::attention::AttentionSpec;
+use trn_kernels::backend::{AttentionId, Backend, CacheId, ExpertWeights, ExpertsId, Inner, MatrixId};
+use trn_kernels::checkpoint::{Dense, GptOss, GptOssConfig};
+use trn_kernels::kv::{KvConfig, KvFormat, KvSequence, PageAllocator, PageTable};
 use trn_kernels::layer::{
     GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, combine_experts, embed,
-    rms_norm, route_top_k, swiglu,
+    rms_norm, route_top_k,
 };
-use trn_kernels::matmul::{Activations, MatmulOptions, PackedExperts, PackedMatrix, RowSource};
+use trn_kernels::matmul::Activations;
 use trn_kernels::num::{Fp8, Real};
 use trn_kernels::quant::{QuantizeOptions, QuantizedMatrix, QuantizedMatrixBuf, ScaleRule, Scheme, quantize_into};
-use trn_kernels::{Cpu, Error, HeadsMut, HeadsRef, MatMut, MatRef, Result, Workspace};
+use trn_kernels::{Cpu, Error, HeadsMut, HeadsRef, MatMut, MatRef, Result};
 
 /// Tokens of a KV page.
 const PAGE_SIZE: usize = 16;
 
-/// A matrix with its bias.
-struct Linear {
-    weight: PackedMatrix,
-    bias: Vec<f32>,
-}
-
-impl Linear {
-    fn pack(cpu: &Cpu<'_>, dense: &Dense<'_>, name: &str) -> Result<Self> {
-        Ok(Linear { weight: pack(cpu, &dense.weight, name)?, bias: dense.bias.clone() })
-    }
-}
-
-/// The experts of a layer.
-struct ExpertLinear {
-    weight: PackedExperts,
-    bias: Vec<f32>,
-}
-
-impl ExpertLinear {
-    fn pack(cpu: &Cpu<'_>, experts: &Experts<'_>, name: &str) -> Result<Self> {
-        let packed =
-            experts.weight.iter().enumerate().map(|(e, weight)| pack(cpu, weight, &format!("{name} of expert {e}")));
-        Ok(ExpertLinear { weight: PackedExperts::new(packed.collect::<Result<_>>()?)?, bias: experts.bias.clone() })
-    }
-}
-
-/// Packs a weight that must be all numbers: a NaN in a checkpoint is damage, and would make NaN of every token.
-fn pack(cpu: &Cpu<'_>, weight: &QuantizedMatrix<'_>, name: &str) -> Result<PackedMatrix> {
-    let packed = cpu.pack(weight)?;
-    if !packed.is_finite() {
-        let problem =
-            weight.check_finite().map_or_else(|e| e.to_string(), |()| "a weight is beyond bf16's range".into());
-        return Err(Error::Checkpoint { at: name.into(), problem });
-    }
-    Ok(packed)
-}
-
+/// Weights of a layer: the norms, and where the backend keeps the rest.
 struct Layer {
     attn_norm: Vec<f32>,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    sinks: Vec<f32>,
-    attention: AttentionSpec,
+    q: MatrixId,
+    k: MatrixId,
+    v: MatrixId,
+    o: MatrixId,
+    attention: AttentionId,
     mlp_norm: Vec<f32>,
-    router: Linear,
-    gate_up: ExpertLinear,
-    down: ExpertLinear,
+    router: MatrixId,
+    experts: ExpertsId,
 }
 
-/// Packed weights; the embedding stays in the checkpoint.
-pub(crate) struct Model<'a> {
+/// A model whose weights a backend has; the embedding stays in the checkpoint.
+pub(crate) struct Model<'w> {
     pub(crate) config: GptOssConfig,
-    embedding: QuantizedMatrix<'a>,
+    embedding: QuantizedMatrix<'w>,
     layers: Vec<Layer>,
     final_norm: Vec<f32>,
-    lm_head: PackedMatrix,
+    lm_head: MatrixId,
     frequencies: RopeFrequencies,
-    swiglu: SwigluSpec,
+    /// Whether what enters a matmul (the router's excepted) is rounded to MXFP8 first.
+    quantize: bool,
 }
 
-impl<'a> Model<'a> {
-    /// Packs a checkpoint layer by layer; `progress` hears of each one done.
-    pub(crate) fn load(cpu: &Cpu<'_>, source: &GptOss<'a>, mut progress: impl FnMut()) -> Result<Self> {
+/// How activations of type `T` leave the swiglu.
+fn inner<T: Real>(quantize: bool) -> Inner {
+    match T::NAME {
+        _ if quantize => Inner::Mxfp8(ScaleRule::Trainium),
+        "f32" => Inner::F32,
+        _ => Inner::Bf16,
+    }
+}
+
+/// Says which weight a backend refused.
+fn named<T>(name: String, result: Result<T>) -> Result<T> {
+    result.map_err(|e| Error::Checkpoint { at: name, problem: e.to_string() })
+}
+
+impl<'w> Model<'w> {
+    /// Gives a checkpoint to a backend layer by layer, for activations of type `T`; `progress` hears of each one done.
+    pub(crate) fn load<T: Real>(
+        backend: &mut dyn Backend<'w>,
+        source: &GptOss<'w>,
+        quantize: bool,
+        mut progress: impl FnMut(),
+    ) -> Result<Self> {
         let config = source.config().clone();
         let scaling = match &config.yarn {
             None => RopeScaling::None,
@@ -103,29 +86,35 @@ impl<'a> Model<'a> {
         let mut layers = vec![];
         for i in 0..config.num_hidden_layers {
             let layer = source.layer(i)?;
-            let name = |part: &str| format!("layer {i}, {part}");
+            let spec = AttentionSpec {
+                // A window counts the token itself, window_left does not.
+                window_left: layer.window.map(|window| window - 1),
+                ..AttentionSpec::new(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+            };
+            let mut matrix = |dense: &Dense<'w>, part: &str| {
+                named(format!("layer {i}, {part}"), backend.load_matrix(&dense.weight, &dense.bias))
+            };
+            let [q, k, v] = [matrix(&layer.q, "q")?, matrix(&layer.k, "k")?, matrix(&layer.v, "v")?];
+            let [o, router] = [matrix(&layer.o, "o")?, matrix(&layer.router, "router")?];
+            let experts = ExpertWeights {
+                gate_up: &layer.gate_up.weight,
+                gate_up_bias: &layer.gate_up.bias,
+                down: &layer.down.weight,
+                down_bias: &layer.down.bias,
+                swiglu: SwigluSpec { limit: Some(config.swiglu_limit as f32), ..SwigluSpec::GPT_OSS },
+                gates: GateLayout::Interleaved,
+                inner: inner::<T>(quantize),
+            };
             layers.push(Layer {
-                attention: AttentionSpec {
-                    num_qo_heads: config.num_attention_heads,
-                    num_kv_heads: config.num_key_value_heads,
-                    head_dim_qk: config.head_dim,
-                    head_dim_vo: config.head_dim,
-                    sm_scale: 1.0 / (config.head_dim as f32).sqrt(),
-                    causal: true,
-                    // A window counts the token itself, window_left does not.
-                    window_left: layer.window.map(|window| window - 1),
-                    logits_soft_cap: None,
-                },
-                q: Linear::pack(cpu, &layer.q, &name("q"))?,
-                k: Linear::pack(cpu, &layer.k, &name("k"))?,
-                v: Linear::pack(cpu, &layer.v, &name("v"))?,
-                o: Linear::pack(cpu, &layer.o, &name("o"))?,
-                router: Linear::pack(cpu, &layer.router, &name("router"))?,
-                gate_up: ExpertLinear::pack(cpu, &layer.gate_up, &name("gate_up"))?,
-                down: ExpertLinear::pack(cpu, &layer.down, &name("down"))?,
+                attention: backend.load_attention(&spec, &layer.sinks)?,
+                experts: named(format!("layer {i}, experts"), backend.load_experts(&experts))?,
                 attn_norm: layer.attn_norm,
                 mlp_norm: layer.mlp_norm,
-                sinks: layer.sinks,
+                q,
+                k,
+                v,
+                o,
+                router,
             });
             progress();
         }
@@ -133,24 +122,26 @@ impl<'a> Model<'a> {
             embedding: source.embedding()?,
             layers,
             final_norm: source.final_norm()?,
-            lm_head: pack(cpu, &source.lm_head()?, "lm_head")?,
+            lm_head: named("lm_head".into(), backend.load_matrix(&source.lm_head()?, &[]))?,
             frequencies: RopeFrequencies::new(config.rope_theta, config.head_dim, scaling)?,
-            swiglu: SwigluSpec { limit: Some(config.swiglu_limit as f32), ..SwigluSpec::GPT_OSS },
+            quantize,
             config,
         })
     }
 }
 
 /// One conversation: its KV pages, scratch memory, and what activations are.
-pub(crate) struct Session<'m, T> {
-    model: &'m Model<'m>,
-    cpu: Cpu<'m>,
-    /// Whether what enters a quantized-activation matmul is rounded to MXFP8 first.
-    quantize: bool,
-    pool: KvPool,
+pub(crate) struct Session<'s, 'w, T> {
+    model: &'s Model<'w>,
+    backend: &'s mut dyn Backend<'w>,
+    /// Runs what lies between a backend's calls: norms, rope, routing.
+    cpu: Cpu<'s>,
+    cache: CacheId,
+    pages: PageAllocator,
+    /// Bytes of a page, all layers.
+    page_bytes: usize,
     sequence: KvSequence,
     rope: RopeTable,
-    workspace: Workspace,
     quantized: QuantizedMatrixBuf,
     buffers: Buffers<T>,
     /// Time spent in attention and in experts, for those who wonder.
@@ -170,33 +161,32 @@ struct Buffers<T> {
     router_logits: Vec<f32>,
     expert_ids: Vec<u32>,
     expert_weights: Vec<f32>,
-    gate_up: Vec<f32>,
-    gated: Vec<T>,
     experts_out: Vec<f32>,
 }
 
-impl<'m, T: Real> Session<'m, T> {
-    /// An empty conversation with room for `max_tokens`.
+impl<'s, 'w, T: Real> Session<'s, 'w, T> {
+    /// An empty conversation with room for `max_tokens`, on the backend that has the model's weights.
     pub(crate) fn new(
-        model: &'m Model<'m>,
-        cpu: Cpu<'m>,
-        quantize: bool,
+        model: &'s Model<'w>,
+        backend: &'s mut dyn Backend<'w>,
+        cpu: Cpu<'s>,
         kv: KvFormat,
         max_tokens: usize,
     ) -> Result<Self> {
         let config = &model.config;
-        let pages = max_tokens.div_ceil(PAGE_SIZE);
+        let num_pages = max_tokens.div_ceil(PAGE_SIZE);
         let heads = config.num_key_value_heads;
-        let pool = KvConfig::new(kv, config.num_hidden_layers, pages, PAGE_SIZE, heads, config.head_dim);
-        let pool = KvPool::new(pool)?;
+        let cache = KvConfig::new(kv, config.num_hidden_layers, num_pages, PAGE_SIZE, heads, config.head_dim);
+        let pages = PageAllocator::new(num_pages, PAGE_SIZE)?;
         Ok(Session {
-            sequence: KvSequence::new(&pool),
+            cache: backend.create_cache(&cache)?,
+            page_bytes: cache.page_bytes()?,
+            sequence: KvSequence::new(&pages),
             model,
+            backend,
             cpu,
-            quantize,
-            pool,
+            pages,
             rope: RopeTable::default(),
-            workspace: Workspace::new(),
             quantized: QuantizedMatrixBuf::new(),
             buffers: Buffers::default(),
             attention_time: Duration::ZERO,
@@ -206,13 +196,13 @@ impl<'m, T: Real> Session<'m, T> {
 
     /// Most bytes that KV pages have taken.
     pub(crate) fn peak_kv_bytes(&self) -> usize {
-        self.pool.peak_bytes()
+        self.pages.peak_pages() * self.page_bytes
     }
 
     /// Runs `tokens` behind those already seen. Afterwards [`Session::logits`] gives the logits of any of them.
     pub(crate) fn step(&mut self, tokens: &[u32]) -> Result<()> {
         let start = self.sequence.len();
-        self.sequence.grow(&mut self.pool, tokens.len())?;
+        self.sequence.grow(&mut self.pages, tokens.len())?;
         let table = PageTable::from_sequences([&self.sequence])?;
         let positions: Vec<u32> = (start as u32..).take(tokens.len()).collect();
         self.rope.fill(&self.model.frequencies, &positions)?;
@@ -234,33 +224,28 @@ impl<'m, T: Real> Session<'m, T> {
         let (qo, kv) = (config.num_attention_heads, config.num_key_value_heads);
         let residual = MatRef::new(&b.residual, t, h)?;
         rms_norm(cpu, residual, &layer.attn_norm, config.rms_norm_eps as f32, matrix(&mut b.normed, t, h)?)?;
-        let quantized = quantize(self.quantize, MatRef::new(&b.normed, t, h)?, &mut self.quantized)?;
+        let quantized = quantize(model.quantize, MatRef::new(&b.normed, t, h)?, &mut self.quantized)?;
         let x = quantized.as_ref().map_or(MatRef::new(&b.normed, t, h)?.into(), Activations::from);
-        for (linear, out) in [(&layer.q, &mut b.q), (&layer.k, &mut b.k), (&layer.v, &mut b.v)] {
-            let options = MatmulOptions { bias: Some(&linear.bias), ..MatmulOptions::default() };
-            cpu.matmul(x, &linear.weight, matrix(out, t, linear.weight.n())?, &options, &mut self.workspace)?;
+        for (id, heads, out) in [(layer.q, qo, &mut b.q), (layer.k, kv, &mut b.k), (layer.v, kv, &mut b.v)] {
+            self.backend.matmul(id, x, matrix(out, t, heads * d)?.into(), false)?;
         }
         self.rope.apply(cpu, RopePairs::HalfSplit, HeadsMut::new(&mut b.q, t, qo, d)?)?;
         self.rope.apply(cpu, RopePairs::HalfSplit, HeadsMut::new(&mut b.k, t, kv, d)?)?;
         let (k, v) = (HeadsRef::new(&b.k, t, kv, d)?, HeadsRef::new(&b.v, t, kv, d)?);
-        append_kv(&mut self.pool, i, table, &[0, t], k, v)?;
+        self.backend.append(self.cache, i, table, &[0, t], k.into(), v.into())?;
 
-        let cache = self.pool.layer(i)?;
-        let q = HeadsRef::new(&b.q, t, qo, d)?;
+        let q = HeadsRef::new(&b.q, t, qo, d)?.into();
         b.context.resize(t * qo * d, T::default());
-        let out = AttentionOut { out: HeadsMut::new(&mut b.context, t, qo, d)?, lse: None };
+        let out = HeadsMut::new(&mut b.context, t, qo, d)?.into();
         if t == 1 {
-            let plan = plan_decode(&layer.attention, &cache, table)?;
-            cpu.decode(&plan, q, &cache, Some(&layer.sinks), out, &mut self.workspace)?;
+            self.backend.decode(layer.attention, self.cache, i, table, q, out)?;
         } else {
-            let queries = Queries { q, indptr: &[0, t], sinks: Some(&layer.sinks) };
-            cpu.prefill_paged(&layer.attention, queries, &cache, table, out, &mut self.workspace)?;
+            self.backend.prefill(layer.attention, self.cache, i, table, q, &[0, t], out)?;
         }
         let context = MatRef::new(&b.context, t, qo * d)?;
-        let quantized = quantize(self.quantize, context, &mut self.quantized)?;
+        let quantized = quantize(model.quantize, context, &mut self.quantized)?;
         let x = quantized.as_ref().map_or(context.into(), Activations::from);
-        let options = MatmulOptions { bias: Some(&layer.o.bias), accumulate: true, ..MatmulOptions::default() };
-        cpu.matmul(x, &layer.o.weight, MatMut::new(&mut b.residual, t, h)?, &options, &mut self.workspace)?;
+        self.backend.matmul(layer.o, x, MatMut::new(&mut b.residual, t, h)?.into(), true)?;
         self.attention_time += clock.elapsed();
         Ok(())
     }
@@ -271,14 +256,13 @@ impl<'m, T: Real> Session<'m, T> {
         let (model, cpu, b) = (self.model, &self.cpu, &mut self.buffers);
         let (config, layer) = (&model.config, &model.layers[i]);
         let (h, experts, top_k) = (config.hidden_size, config.num_experts, config.experts_per_token);
-        let (slots, width) = (t * top_k, config.intermediate_size);
+        let slots = t * top_k;
         let residual = MatRef::new(&b.residual, t, h)?;
         rms_norm(cpu, residual, &layer.mlp_norm, config.rms_norm_eps as f32, matrix(&mut b.normed, t, h)?)?;
         // The router is never quantized: a swapped expert costs more than it saves.
         let normed = MatRef::new(&b.normed, t, h)?;
-        let options = MatmulOptions { bias: Some(&layer.router.bias), ..MatmulOptions::default() };
         let logits = matrix(&mut b.router_logits, t, experts)?;
-        cpu.matmul(normed, &layer.router.weight, logits, &options, &mut self.workspace)?;
+        self.backend.matmul(layer.router, normed.into(), logits.into(), false)?;
         b.expert_ids.resize(slots, 0);
         b.expert_weights.resize(slots, 0.0);
         route_top_k(
@@ -287,19 +271,9 @@ impl<'m, T: Real> Session<'m, T> {
             MatMut::new(&mut b.expert_ids, t, top_k)?,
             MatMut::new(&mut b.expert_weights, t, top_k)?,
         )?;
-        let quantized = quantize(self.quantize, normed, &mut self.quantized)?;
+        let quantized = quantize(model.quantize, normed, &mut self.quantized)?;
         let x = quantized.as_ref().map_or(normed.into(), Activations::from);
-        let options = MatmulOptions { bias: Some(&layer.gate_up.bias), ..MatmulOptions::default() };
-        let (weight, out) = (&layer.gate_up.weight, matrix(&mut b.gate_up, slots, 2 * width)?);
-        cpu.gather_matmul(x, RowSource::Token, weight, &b.expert_ids, top_k, out, &options, &mut self.workspace)?;
-        let gate_up = MatRef::new(&b.gate_up, slots, 2 * width)?;
-        swiglu(cpu, model.swiglu, GateLayout::Interleaved, gate_up, matrix(&mut b.gated, slots, width)?)?;
-        let gated = MatRef::new(&b.gated, slots, width)?;
-        let quantized = quantize(self.quantize, gated, &mut self.quantized)?;
-        let x = quantized.as_ref().map_or(gated.into(), Activations::from);
-        let options = MatmulOptions { bias: Some(&layer.down.bias), ..MatmulOptions::default() };
-        let (weight, out) = (&layer.down.weight, matrix(&mut b.experts_out, slots, h)?);
-        cpu.gather_matmul(x, RowSource::Slot, weight, &b.expert_ids, top_k, out, &options, &mut self.workspace)?;
+        self.backend.moe(layer.experts, x, &b.expert_ids, top_k, matrix(&mut b.experts_out, slots, h)?)?;
         let weights = MatRef::new(&b.expert_weights, t, top_k)?;
         let out = MatMut::new(&mut b.residual, t, h)?;
         combine_experts(cpu, MatRef::new(&b.experts_out, slots, h)?, weights, true, out)?;
@@ -322,8 +296,8 @@ impl<'m, T: Real> Session<'m, T> {
         let eps = model.config.rms_norm_eps as f32;
         rms_norm(&self.cpu, residual, &model.final_norm, eps, matrix(&mut b.normed, rows, h)?)?;
         let x = MatRef::new(&b.normed, rows, h)?;
-        let y = matrix(out, rows, model.lm_head.n())?;
-        self.cpu.matmul(x, &model.lm_head, y, &MatmulOptions::default(), &mut self.workspace)
+        let y = matrix(out, rows, model.config.vocab_size)?;
+        self.backend.matmul(model.lm_head, x.into(), y.into(), false)
     }
 }
 

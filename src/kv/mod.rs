@@ -9,6 +9,7 @@ mod encode;
 mod format;
 mod page_table;
 mod paged;
+mod pages;
 mod pool;
 mod sequence;
 
@@ -18,5 +19,6 @@ pub use format::{KvFormat, KvScale};
 pub use page_table::PageTable;
 pub(crate) use page_table::check_indptr;
 pub use paged::{KvPlane, KvShape, PagedKv};
+pub use pages::PageAllocator;
 pub use pool::{KvConfig, KvPool};
 pub use sequence::KvSequence;

@@ -1,7 +1,7 @@
 //! The pool that owns the pages of all layers.
 #![forbid(unsafe_code)]
 
-use super::{KvFormat, KvPlane, KvScale, KvShape, PagedKv};
+use super::{KvFormat, KvPlane, KvScale, KvShape, PageAllocator, PagedKv};
 use crate::error::{Error, Result};
 use crate::quant::ScaleRule;
 
@@ -31,6 +31,19 @@ impl KvConfig {
         let shape = KvShape { format, num_pages, page_size, num_kv_heads, head_dim_qk, head_dim_vo };
         let rule = if format == KvFormat::Mxfp4 { ScaleRule::Even } else { ScaleRule::Trainium };
         KvConfig { shape, num_layers, rule }
+    }
+
+    /// Bytes of one page: codes and block scales of K and V, all layers.
+    ///
+    /// # Errors
+    /// [`Error::Empty`], [`Error::Multiple`] or [`Error::Overflow`] for the extents.
+    pub fn page_bytes(&self) -> Result<usize> {
+        let page = KvShape { num_pages: 1, ..self.shape };
+        page.check()?;
+        let (k, v) = (page.plane_bytes(page.head_dim_qk)?, page.plane_bytes(page.head_dim_vo)?);
+        let layer = [k.0, k.1, v.0, v.1].iter().try_fold(0usize, |sum, part| sum.checked_add(*part));
+        let bytes = layer.and_then(|layer| layer.checked_mul(self.num_layers));
+        bytes.ok_or(Error::Overflow { operand: "kv pool".into() })
     }
 }
 
@@ -67,10 +80,7 @@ fn can_allocate(bytes: usize) -> Result<()> {
 pub struct KvPool {
     config: KvConfig,
     pub(super) layers: Vec<[OwnedPlane; 2]>,
-    used: Vec<bool>,
-    free: Vec<u32>,
-    used_pages: usize,
-    peak_pages: usize,
+    pages: PageAllocator,
     /// For each page, while an append is checked: 1 + the first slot it writes, 0 for none. All zero between calls.
     pub(super) writes: Vec<usize>,
 }
@@ -89,12 +99,7 @@ impl KvPool {
                 return Err(Error::Empty { operand: "kv pool".into(), axis });
             }
         }
-        let Ok(pages) = u32::try_from(shape.num_pages) else {
-            return Err(Error::Unsupported {
-                what: format!("a kv pool of {} pages", shape.num_pages),
-                because: "pages are numbered with 32 bits".into(),
-            });
-        };
+        PageAllocator::check(shape.num_pages, shape.page_size)?;
         let (k, v) = (shape.plane_bytes(shape.head_dim_qk)?, shape.plane_bytes(shape.head_dim_vo)?);
         let layer = [k.0, k.1, v.0, v.1].iter().try_fold(0usize, |sum, part| sum.checked_add(*part));
         let layer = layer.and_then(|bytes| bytes.checked_add(size_of::<[OwnedPlane; 2]>()));
@@ -111,10 +116,7 @@ impl KvPool {
         Ok(KvPool {
             config,
             layers,
-            used: vec![false; shape.num_pages],
-            free: (0..pages).rev().collect(),
-            used_pages: 0,
-            peak_pages: 0,
+            pages: PageAllocator::new(shape.num_pages, shape.page_size)?,
             writes: vec![0; shape.num_pages],
         })
     }
@@ -153,41 +155,6 @@ impl KvPool {
         Err(Error::index("kv pool layer", 0, layer, limit))
     }
 
-    /// Takes a free page. What it holds is arbitrary until it is appended to.
-    ///
-    /// # Errors
-    /// [`Error::OutOfPages`].
-    pub fn alloc(&mut self) -> Result<u32> {
-        let page = self.free.pop().ok_or(Error::OutOfPages { needed: 1, free: 0 })?;
-        self.used[page as usize] = true;
-        self.used_pages += 1;
-        self.peak_pages = self.peak_pages.max(self.used_pages);
-        Ok(page)
-    }
-
-    /// Gives a page back.
-    ///
-    /// # Errors
-    /// [`Error::Index`] for a page the pool does not have; [`Error::Value`] for one that is free already.
-    pub fn free(&mut self, page: u32) -> Result<()> {
-        let limit = self.used.len();
-        match self.used.get_mut(page as usize) {
-            None => Err(Error::Index { operand: "kv page".into(), at: 0, got: page.into(), limit }),
-            Some(false) => Err(Error::Value {
-                operand: "kv page".into(),
-                at: page as usize,
-                got: "a free page".into(),
-                needed: "an allocated page",
-            }),
-            Some(used) => {
-                *used = false;
-                self.free.push(page);
-                self.used_pages -= 1;
-                Ok(())
-            }
-        }
-    }
-
     /// One layer's cache, to read.
     ///
     /// # Errors
@@ -195,22 +162,43 @@ impl KvPool {
     pub fn layer(&self, layer: usize) -> Result<PagedKv<'_>> {
         self.check_layer(layer)?;
         let [k, v] = &self.layers[layer];
-        PagedKv::with_used(self.config.shape, k.view(), v.view(), &self.used)
+        PagedKv::with_used(self.config.shape, k.view(), v.view(), self.pages.used())
+    }
+
+    /// Which pages are taken.
+    pub fn pages(&self) -> &PageAllocator {
+        &self.pages
+    }
+
+    /// Takes a free page. What it holds is arbitrary until it is appended to.
+    ///
+    /// # Errors
+    /// [`Error::OutOfPages`].
+    pub fn alloc(&mut self) -> Result<u32> {
+        self.pages.alloc()
+    }
+
+    /// Gives a page back.
+    ///
+    /// # Errors
+    /// As [`PageAllocator::free`].
+    pub fn free(&mut self, page: u32) -> Result<()> {
+        self.pages.free(page)
     }
 
     /// For each page, whether it is allocated.
     pub(super) fn used(&self) -> &[bool] {
-        &self.used
+        self.pages.used()
     }
 
     /// Pages allocated now.
     pub fn used_pages(&self) -> usize {
-        self.used_pages
+        self.pages.used_pages()
     }
 
     /// Pages free now.
     pub fn free_pages(&self) -> usize {
-        self.free.len()
+        self.pages.free_pages()
     }
 
     /// Bytes of one page: codes and block scales of K and V, all layers.
@@ -220,16 +208,28 @@ impl KvPool {
 
     /// Bytes of the pages allocated now.
     pub fn bytes(&self) -> usize {
-        self.used_pages * self.page_bytes()
+        self.used_pages() * self.page_bytes()
     }
 
     /// Largest [`KvPool::bytes`] so far.
     pub fn peak_bytes(&self) -> usize {
-        self.peak_pages * self.page_bytes()
+        self.pages.peak_pages() * self.page_bytes()
     }
 
     /// Bytes of all pages, allocated or free.
     pub fn capacity_bytes(&self) -> usize {
         self.layers.iter().flatten().map(|plane| plane.codes.len() + plane.block_scales.len()).sum()
+    }
+}
+
+impl AsRef<PageAllocator> for KvPool {
+    fn as_ref(&self) -> &PageAllocator {
+        &self.pages
+    }
+}
+
+impl AsMut<PageAllocator> for KvPool {
+    fn as_mut(&mut self) -> &mut PageAllocator {
+        &mut self.pages
     }
 }

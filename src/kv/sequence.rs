@@ -1,10 +1,10 @@
 //! One growing sequence and the pages it owns.
 #![forbid(unsafe_code)]
 
-use super::KvPool;
+use super::PageAllocator;
 use crate::error::{Error, Result, extent};
 
-/// Pages and length of one sequence in a [`KvPool`]. It owns its pages: give them back with [`KvSequence::free`]; dropping it
+/// Pages and length of one sequence in a [`KvPool`](super::KvPool), or of whatever a [`PageAllocator`] counts. It owns its pages: give them back with [`KvSequence::free`]; dropping it
 /// leaves them allocated.
 ///
 /// ```
@@ -28,8 +28,8 @@ pub struct KvSequence {
 
 impl KvSequence {
     /// An empty sequence with the pool's page size.
-    pub fn new(pool: &KvPool) -> Self {
-        KvSequence { page_size: pool.shape().page_size, pages: Vec::new(), len: 0 }
+    pub fn new(pool: &impl AsRef<PageAllocator>) -> Self {
+        KvSequence { page_size: pool.as_ref().page_size(), pages: Vec::new(), len: 0 }
     }
 
     /// Tokens.
@@ -57,8 +57,9 @@ impl KvSequence {
     ///
     /// # Errors
     /// [`Error::OutOfPages`]; [`Error::Overflow`]; [`Error::Extent`] for a pool of another page size.
-    pub fn grow(&mut self, pool: &mut KvPool, tokens: usize) -> Result<()> {
-        extent("kv sequence", "page_size", self.page_size, pool.shape().page_size)?;
+    pub fn grow(&mut self, pool: &mut impl AsMut<PageAllocator>, tokens: usize) -> Result<()> {
+        let pool = pool.as_mut();
+        extent("kv sequence", "page_size", self.page_size, pool.page_size())?;
         let len = self.len.checked_add(tokens).ok_or(Error::Overflow { operand: "kv sequence".into() })?;
         let needed = len.div_ceil(self.page_size) - self.pages.len();
         if needed > pool.free_pages() {
@@ -75,11 +76,12 @@ impl KvSequence {
     ///
     /// # Errors
     /// [`Error::Index`] if the sequence is shorter than `len`; [`Error::Value`] if the pool says a page is free or foreign.
-    pub fn truncate(&mut self, pool: &mut KvPool, len: usize) -> Result<()> {
+    pub fn truncate(&mut self, pool: &mut impl AsMut<PageAllocator>, len: usize) -> Result<()> {
+        let pool = pool.as_mut();
         if len > self.len {
             return Err(Error::index("kv sequence length", 0, len, self.len.saturating_add(1)));
         }
-        extent("kv sequence", "page_size", self.page_size, pool.shape().page_size)?;
+        extent("kv sequence", "page_size", self.page_size, pool.page_size())?;
         let keep = len.div_ceil(self.page_size.max(1));
         while let Some(&page) = self.pages.get(keep..).and_then(<[u32]>::last) {
             pool.free(page)?;
@@ -94,7 +96,7 @@ impl KvSequence {
     ///
     /// # Errors
     /// As [`KvSequence::truncate`].
-    pub fn free(mut self, pool: &mut KvPool) -> Result<()> {
+    pub fn free(mut self, pool: &mut impl AsMut<PageAllocator>) -> Result<()> {
         self.truncate(pool, 0)
     }
 }

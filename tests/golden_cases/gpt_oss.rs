@@ -4,6 +4,7 @@ use crate::gpt_oss::{Model, Session};
 use crate::support::{Golden, golden_dir};
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
+use trn_kernels::backend::CpuBackend;
 use trn_kernels::checkpoint::{Checkpoint, GptOss};
 use trn_kernels::kv::KvFormat;
 use trn_kernels::num::{Fp8, Real};
@@ -34,11 +35,13 @@ impl Run {
     }
 
     /// Logits of every prompt position, and the greedy continuation.
-    fn of<T: Real>(&self, model: &Model<'_>, prompt: &[u32]) -> (Vec<f32>, Vec<u32>) {
+    fn of<T: Real>(&self, source: &GptOss<'_>, prompt: &[u32]) -> (Vec<f32>, Vec<u32>) {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads).build().unwrap();
         let cpu = Cpu::detect().with_parallelism(Parallelism::Pool(&pool));
+        let mut backend = CpuBackend::new(cpu);
+        let model = Model::load::<T>(&mut backend, source, self.quantize, || {}).unwrap();
         let room = prompt.len() + self.steps;
-        let mut session = Session::<T>::new(model, cpu, self.quantize, self.kv, room).unwrap();
+        let mut session = Session::<T>::new(&model, &mut backend, cpu, self.kv, room).unwrap();
         let (mut logits, mut all) = (vec![], vec![]);
         for chunk in prompt.chunks(self.chunk.min(prompt.len())) {
             session.step(chunk).unwrap();
@@ -64,10 +67,9 @@ fn reference() -> (Golden, Vec<u32>, Vec<u32>) {
     (golden, prompt, greedy)
 }
 
-fn with_model(folder: &str, f: impl FnOnce(&Model<'_>)) {
+fn with_model(folder: &str, f: impl FnOnce(&GptOss<'_>)) {
     let checkpoint = Checkpoint::read(golden_dir().join(folder)).unwrap();
-    let source = GptOss::new(&checkpoint).unwrap();
-    f(&Model::load(&Cpu::detect(), &source, || {}).unwrap());
+    f(&GptOss::new(&checkpoint).unwrap());
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
@@ -125,7 +127,7 @@ fn chunks_and_threads_do_not_change_bits() {
     let (_, prompt, _) = reference();
     with_model("tiny-gpt-oss", |model| {
         // Blocks run along head_dim: a format of longer blocks is none for this model.
-        for kv in KV_FORMATS.into_iter().filter(|kv| model.config.head_dim.is_multiple_of(kv.block())) {
+        for kv in KV_FORMATS.into_iter().filter(|kv| model.config().head_dim.is_multiple_of(kv.block())) {
             let whole = bits(&Run::new(kv).of::<bf16>(model, &prompt).0);
             for (chunk, threads) in [(1, 1), (7, 3), (16, 1), (33, 2)] {
                 let logits = Run { chunk, threads, ..Run::new(kv) }.of::<bf16>(model, &prompt).0;
@@ -170,6 +172,15 @@ fn one_layer(golden: &Golden, index: usize) -> Checkpoint {
     Checkpoint::from_bytes("one layer", file).unwrap().with_config("config", config.to_string()).unwrap()
 }
 
+/// The residual stream behind the last layer.
+fn residual<T: Real>(source: &GptOss<'_>, kv: KvFormat, tokens: &[u32]) -> Vec<f64> {
+    let mut backend = CpuBackend::new(Cpu::detect());
+    let model = Model::load::<T>(&mut backend, source, false, || {}).unwrap();
+    let mut session = Session::<T>::new(&model, &mut backend, Cpu::detect(), kv, tokens.len()).unwrap();
+    session.step(tokens).unwrap();
+    session.residual().iter().map(|v| f64::from(*v)).collect()
+}
+
 #[test]
 fn both_layers_are_as_exact_as_the_official_f32() {
     let golden = Golden::open("gptoss_layer");
@@ -178,22 +189,17 @@ fn both_layers_are_as_exact_as_the_official_f32() {
     for index in 0..layers {
         let checkpoint = one_layer(&golden, index);
         let source = GptOss::new(&checkpoint).unwrap();
-        let model = Model::load(&Cpu::detect(), &source, || {}).unwrap();
         let tokens: Vec<u32> = (0..golden.shape("x")[0] as u32).collect();
         let exact = golden.real(&format!("l{index}.out"));
         let worst = |x: &[f64]| x.iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
 
-        let mut session = Session::<f32>::new(&model, Cpu::detect(), false, KvFormat::F32, tokens.len()).unwrap();
-        session.step(&tokens).unwrap();
-        let ours: Vec<f64> = session.residual().iter().map(|v| f64::from(*v)).collect();
+        let ours = residual::<f32>(&source, KvFormat::F32, &tokens);
         assert_eq!(ours.len(), exact.len());
         let (ours, theirs) = (worst(&ours), worst(&golden.real(&format!("l{index}.official_f32"))));
         // The factor is the manifest's for bf16: another order of the same f32 operations.
         assert!(ours <= 3.0 * theirs, "layer {index}: max error {ours:e}, official f32 {theirs:e}");
 
-        let mut session = Session::<bf16>::new(&model, Cpu::detect(), false, KvFormat::Bf16, tokens.len()).unwrap();
-        session.step(&tokens).unwrap();
-        let ours: Vec<f64> = session.residual().iter().map(|v| f64::from(*v)).collect();
+        let ours = residual::<bf16>(&source, KvFormat::Bf16, &tokens);
         let (ours, theirs) =
             (mean_error(&ours, &exact), mean_error(&golden.real(&format!("l{index}.official_bf16")), &exact));
         assert!(ours <= 3.0 * theirs, "layer {index}: mean error {ours:e}, official bf16 {theirs:e}");
