@@ -198,7 +198,7 @@ pub enum Problem {
 
 /// Who computes. Object safe; `'w` is how long the weights lent to it live (a backend may keep borrowing them).
 ///
-/// Ids belong to the backend that gave them; an id it does not have is [`Error::Index`](crate::Error::Index).
+/// Ids belong to the backend that gave them; an id it does not have is [`Error::Index`].
 pub trait Backend<'w> {
     /// A word for messages: `oracle`, `cpu`, `neuron`.
     fn name(&self) -> &'static str;
@@ -206,38 +206,38 @@ pub trait Backend<'w> {
     /// Whether a call of this shape would be served.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) with the reason, the same that the call itself would give.
+    /// [`Error::Unsupported`] with the reason, the same that the call itself would give.
     fn supports(&self, problem: &Problem) -> Result<()>;
 
     /// Takes a matrix `[n, k]` and its bias (`[n]`, or empty for none).
     ///
     /// # Errors
-    /// [`Error::Length`](crate::Error::Length) for the bias; [`Error::Value`](crate::Error::Value) for a weight that is not a number
-    /// (damage in a checkpoint would make NaN of every token); [`Error::Unsupported`](crate::Error::Unsupported).
+    /// [`Error::Length`] for the bias; [`Error::Value`] for a weight that is not a number
+    /// (damage in a checkpoint would make NaN of every token); [`Error::Unsupported`].
     fn load_matrix(&mut self, weight: &QuantizedMatrix<'w>, bias: &[f32]) -> Result<MatrixId>;
 
     /// Takes the experts of a layer.
     ///
     /// # Errors
-    /// As [`Backend::load_matrix`]; [`Error::Extent`](crate::Error::Extent) if the two stacks do not belong together.
+    /// As [`Backend::load_matrix`]; [`Error::Extent`] if the two stacks do not belong together.
     fn load_experts(&mut self, experts: &ExpertWeights<'w, '_>) -> Result<ExpertsId>;
 
     /// Takes an attention: its spec and its `sinks` (`[num_qo_heads]`, or empty for none).
     ///
     /// # Errors
-    /// As [`AttentionSpec::validate`]; [`Error::Length`](crate::Error::Length) for the sinks.
+    /// As [`AttentionSpec::validate`]; [`Error::Length`] for the sinks.
     fn load_attention(&mut self, spec: &AttentionSpec, sinks: &[f32]) -> Result<AttentionId>;
 
     /// Makes the KV pages of all layers. f32 scales are 1.
     ///
     /// # Errors
-    /// As [`KvPool::new`](crate::kv::KvPool::new); [`Error::Unsupported`](crate::Error::Unsupported).
+    /// As [`KvPool::new`](crate::kv::KvPool::new); [`Error::Unsupported`].
     fn create_cache(&mut self, config: &KvConfig) -> Result<CacheId>;
 
     /// `y = x w^T + bias`, added to what y holds if `accumulate`. x: `[m, k]`, y: `[m, n]`.
     ///
     /// # Errors
-    /// As [`Cpu::matmul`](crate::Cpu::matmul); [`Error::Unsupported`](crate::Error::Unsupported). y is untouched then.
+    /// As [`Cpu::matmul`](crate::Cpu::matmul); [`Error::Unsupported`]. y is untouched then.
     fn matmul(&mut self, w: MatrixId, x: Activations<'_>, y: Output<'_>, accumulate: bool) -> Result<()>;
 
     /// The grouped matmuls of a mixture of experts: slot s = `token * top_k + j` is row `s` of y `[tokens * top_k, h]`, expert
@@ -245,13 +245,13 @@ pub trait Backend<'w> {
     /// ([`combine_experts`](crate::layer::combine_experts)).
     ///
     /// # Errors
-    /// As [`Cpu::gather_matmul`](crate::Cpu::gather_matmul); [`Error::Unsupported`](crate::Error::Unsupported). y is untouched then.
+    /// As [`Cpu::gather_matmul`](crate::Cpu::gather_matmul); [`Error::Unsupported`]. y is untouched then.
     fn moe(&mut self, w: ExpertsId, x: Activations<'_>, ids: &[u32], top_k: usize, y: MatMut<'_, f32>) -> Result<()>;
 
     /// Appends keys and values of new tokens, as [`append_kv`](crate::kv::append_kv): `table` is the state after it.
     ///
     /// # Errors
-    /// As [`append_kv`](crate::kv::append_kv); [`Error::Unsupported`](crate::Error::Unsupported).
+    /// As [`append_kv`](crate::kv::append_kv); [`Error::Unsupported`].
     fn append(
         &mut self,
         cache: CacheId,
@@ -266,7 +266,7 @@ pub trait Backend<'w> {
     /// [`Cpu::prefill_paged`](crate::Cpu::prefill_paged).
     ///
     /// # Errors
-    /// As [`Cpu::prefill_paged`](crate::Cpu::prefill_paged); [`Error::Unsupported`](crate::Error::Unsupported).
+    /// As [`Cpu::prefill_paged`](crate::Cpu::prefill_paged); [`Error::Unsupported`].
     #[allow(clippy::too_many_arguments)] // the operands of attention, each once
     fn prefill(
         &mut self,
@@ -282,7 +282,7 @@ pub trait Backend<'w> {
     /// One decode step of one layer: row b of q is the last token of sequence b; see [`Cpu::decode`](crate::Cpu::decode).
     ///
     /// # Errors
-    /// As [`Cpu::decode`](crate::Cpu::decode); [`Error::Unsupported`](crate::Error::Unsupported).
+    /// As [`Cpu::decode`](crate::Cpu::decode); [`Error::Unsupported`].
     fn decode(
         &mut self,
         attention: AttentionId,
