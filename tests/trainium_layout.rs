@@ -448,7 +448,7 @@ fn kv_rows_gather_by_slot() {
             let by = if halves { 2.0 } else { 1.0 };
             let wanted = |one: f32| if format.has_scale() { vec![by * one, by * 2.0, by * 3.0] } else { vec![] };
             assert_eq!(packed.scales(), [&wanted(0.5)[..], &wanted(0.25)[..]]);
-            assert_eq!(packed.unpack().unwrap(), [device_k, device_v]);
+            assert_eq!(packed.unpack(SERIAL).unwrap(), [device_k, device_v]);
             if order == KvHeads::Together && !halves {
                 assert_eq!(packed.k().as_ptr(), k.as_ptr(), "nothing is copied");
             }

@@ -3,6 +3,7 @@
 
 use super::matrix::QuantizedMatrix;
 use super::scheme::{GlobalScale, Scheme};
+use crate::error::{Error, Result, mul};
 
 /// A quantized matrix `[n, k]` that owns its codes and scales: what [`quantize`](super::quantize) makes.
 ///
@@ -37,6 +38,38 @@ impl QuantizedMatrixBuf {
     /// An empty matrix (bf16, 0 x 0): something for [`quantize_into`](super::quantize_into) to write into.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Makes it `[n, k]` of `scheme` with planes of the right size whose bytes do not matter, keeping their memory where that is
+    /// enough. Unchanged on error.
+    pub(crate) fn reshape(
+        &mut self,
+        scheme: Scheme,
+        (n, k): (usize, usize),
+        block_scales: usize,
+        outer_scales: Vec<f32>,
+    ) -> Result<()> {
+        let codes = mul("codes", n, scheme.code_bytes(k))?;
+        let planes = [("codes", &mut self.codes, codes), ("block scales", &mut self.block_scales, block_scales)];
+        for (what, plane, len) in &planes {
+            if plane.capacity() < *len {
+                Vec::<u8>::new().try_reserve_exact(*len).map_err(|e| Error::Unsupported {
+                    what: format!("{what} of {len} bytes"),
+                    because: e.to_string(),
+                })?;
+            }
+        }
+        for (_, plane, len) in planes {
+            if plane.capacity() < len {
+                // Not `resize`, which would touch the memory once more.
+                *plane = vec![0; len];
+            } else {
+                plane.resize(len, 0);
+            }
+        }
+        (self.scheme, self.n, self.k) = (scheme, n, k);
+        (self.global, self.outer_scales) = (GlobalScale::ONE, outer_scales);
+        Ok(())
     }
 
     /// The matrix, borrowed. Allocates nothing.

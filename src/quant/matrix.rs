@@ -525,6 +525,13 @@ impl<'a> QuantizedMatrix<'a> {
     pub(crate) fn copy_block_scales(&self, row: usize, first: usize, out: &mut [u8]) {
         if let Scales::E8m0(s) | Scales::Nvfp4 { block: s, .. } = &self.scales {
             let blocks = self.k / self.scheme.block();
+            if s.block == 1 {
+                let count = out.len().min(blocks.saturating_sub(first));
+                if count > 0 {
+                    out[..count].copy_from_slice(s.at(row, first, count));
+                }
+                return;
+            }
             for (scale, b) in out.iter_mut().zip(first..blocks) {
                 *scale = s.at(row, b, 1)[0];
             }

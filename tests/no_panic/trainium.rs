@@ -166,14 +166,14 @@ fn cache(layout: &KvRowsLayout) {
     let packed = PagedKv::new(shape, plane(), plane()).map(|kv| {
         let (packed, report) = layout.pack(&kv, Parallelism::Serial).unwrap();
         assert_eq!((packed.k().len(), packed.v().len(), report.exact), (0, 0, 0));
-        packed.unpack().unwrap()
+        packed.unpack(Parallelism::Serial).unwrap()
     });
     assert_eq!(packed.is_ok(), slots == 0);
     let scales =
         || [vec![1.0; usize::from(shape.format.has_scale())], vec![1.0; usize::from(shape.format.has_scale())]];
     let none = [[].as_slice().into(), [].as_slice().into()];
     let parts = PackedKvRows::from_parts(KvRowsLayout::NAME, *layout, none, scales());
-    assert_eq!(parts.and_then(|p| p.unpack()).is_ok(), slots == 0);
+    assert_eq!(parts.and_then(|p| p.unpack(Parallelism::Serial)).is_ok(), slots == 0);
 }
 
 /// The cost model is plain arithmetic: any extents and any constants give numbers, or a refusal.

@@ -1,8 +1,8 @@
 //! `kv-rows/1`: a paged KV cache as rows that a kernel gathers.
 #![forbid(unsafe_code)]
 
-use super::halve::{Halving, doubled};
-use super::{RowElement, check_name, filled};
+use super::halve::{doubled, halve, halved};
+use super::{RowElement, check_name, zeros};
 use crate::cpu::{Parallelism, for_each_zip};
 use crate::error::{Error, Result, extent, length, mul};
 use crate::kv::{KvFormat, KvPlane, KvScale, KvShape, PagedKv};
@@ -12,6 +12,8 @@ use std::fmt;
 
 /// Bytes that a thread copies at a time.
 const CHUNK: usize = 1 << 16;
+/// Tokens that a thread takes at a time.
+const TOKENS: usize = 512;
 
 /// How the kv heads of a token lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -146,16 +148,51 @@ impl KvRowsLayout {
         parallelism: Parallelism<'_>,
     ) -> Result<(PackedKvRows<'a>, BridgeReport)> {
         cache.shape().expect(&self.shape)?;
-        let scales = [self.scales(cache.k())?, self.scales(cache.v())?];
-        let (k, rounded_k) = self.pack_plane(cache.k().codes, self.shape.head_dim_qk, parallelism)?;
-        let (v, rounded_v) = self.pack_plane(cache.v().codes, self.shape.head_dim_vo, parallelism)?;
-        let codes = (k.len() + v.len()) / self.element.bytes();
-        let report = Halving::report(codes, rounded_k + rounded_v);
-        Ok((PackedKvRows { layout: *self, planes: [k, v], scales }, report))
+        let scales = self.scales(cache)?;
+        let layout = *self;
+        if self.heads == KvHeads::Together && !self.halves {
+            let planes = [cache.k(), cache.v()].map(|plane| Cow::Borrowed(plane.codes));
+            return Ok((PackedKvRows { layout, planes, scales }, self.report(cache, 0)));
+        }
+        let (mut k, mut v) = (zeros("packed k", cache.k().codes.len())?, zeros("packed v", cache.v().codes.len())?);
+        let report = self.pack_into(cache, parallelism, [&mut k, &mut v])?;
+        Ok((PackedKvRows { layout, planes: [Cow::Owned(k), Cow::Owned(v)], scales }, report))
     }
 
-    /// `[1]` or `[num_kv_heads]` multipliers; none for bf16.
-    fn scales(&self, plane: &KvPlane<'_>) -> Result<Vec<f32>> {
+    /// Packs the codes into the caller's memory: `[k, v]` of as many bytes as the cache has. Scales are not part of it:
+    /// [`KvRowsLayout::scales`].
+    ///
+    /// # Errors
+    /// [`Error::Extent`] or [`Error::Unsupported`] for a cache of another shape; [`Error::Length`]. Nothing is written then.
+    pub fn pack_into(
+        &self,
+        cache: &PagedKv<'_>,
+        parallelism: Parallelism<'_>,
+        [k, v]: [&mut [u8]; 2],
+    ) -> Result<BridgeReport> {
+        cache.shape().expect(&self.shape)?;
+        length("packed k", k.len(), cache.k().codes.len())?;
+        length("packed v", v.len(), cache.v().codes.len())?;
+        let mut rounded = self.pack_plane(cache.k().codes, k, self.shape.head_dim_qk, parallelism);
+        rounded += self.pack_plane(cache.v().codes, v, self.shape.head_dim_vo, parallelism);
+        Ok(self.report(cache, rounded))
+    }
+
+    fn report(&self, cache: &PagedKv<'_>, rounded: usize) -> BridgeReport {
+        halved((cache.k().codes.len() + cache.v().codes.len()) / self.element.bytes(), rounded)
+    }
+
+    /// `[1]` or `[num_kv_heads]` multipliers of K and of V; none for bf16. Doubled where codes are halved.
+    ///
+    /// # Errors
+    /// [`Error::Extent`] or [`Error::Unsupported`] for a cache of another shape; [`Error::Value`] for a scale that cannot be
+    /// doubled.
+    pub fn scales(&self, cache: &PagedKv<'_>) -> Result<[Vec<f32>; 2]> {
+        cache.shape().expect(&self.shape)?;
+        Ok([self.plane_scales(cache.k())?, self.plane_scales(cache.v())?])
+    }
+
+    fn plane_scales(&self, plane: &KvPlane<'_>) -> Result<Vec<f32>> {
         if !self.shape.format.has_scale() {
             return Ok(Vec::new());
         }
@@ -170,39 +207,41 @@ impl KvRowsLayout {
         Ok(scales)
     }
 
-    /// The plane in this layout, and how many of its codes rounded.
-    fn pack_plane<'a>(
-        &self,
-        codes: &'a [u8],
-        head_dim: usize,
-        parallelism: Parallelism<'_>,
-    ) -> Result<(Cow<'a, [u8]>, usize)> {
-        if self.heads == KvHeads::Together && !self.halves {
-            return Ok((Cow::Borrowed(codes), 0));
-        }
-        let halving = self.halves.then(Halving::new);
+    /// The plane in this layout; how many of its codes rounded.
+    fn pack_plane(&self, codes: &[u8], out: &mut [u8], head_dim: usize, parallelism: Parallelism<'_>) -> usize {
         let vector = head_dim * self.element.bytes();
         let token = self.shape.num_kv_heads * vector;
-        let chunk = match self.heads {
-            KvHeads::Together => CHUNK,
-            KvHeads::Apart => self.slots() * vector,
-        };
-        let mut out = filled("packed kv rows", codes.len(), 0)?;
-        let mut rounded = vec![0; codes.len().div_ceil(chunk.max(1))];
-        for_each_zip(parallelism, (&mut out, chunk), (&mut rounded, 1), |i, out, rounded| {
-            match self.heads {
-                KvHeads::Together => out.copy_from_slice(&codes[i * chunk..][..out.len()]),
-                KvHeads::Apart => {
-                    for (out, token) in out.chunks_exact_mut(vector).zip(codes.chunks_exact(token)) {
-                        out.copy_from_slice(&token[i * vector..][..vector]);
+        if codes.is_empty() {
+            return 0;
+        }
+        let finish = |out: &mut [u8]| if self.halves { halve(out) } else { 0 };
+        if self.heads == KvHeads::Together {
+            let mut rounded = vec![0; out.len().div_ceil(CHUNK)];
+            for_each_zip(parallelism, (out, CHUNK), (&mut rounded, 1), |i, out, rounded| {
+                out.copy_from_slice(&codes[i * CHUNK..][..out.len()]);
+                rounded[0] = finish(out);
+            });
+            return rounded.iter().sum();
+        }
+        // Tokens are read in order, all heads of each: every plane is then written in order too.
+        let mut strips: Vec<Vec<&mut [u8]>> = (0..self.slots().div_ceil(TOKENS)).map(|_| Vec::new()).collect();
+        for plane in out.chunks_exact_mut(self.slots() * vector) {
+            strips.iter_mut().zip(plane.chunks_mut(TOKENS * vector)).for_each(|(strip, part)| strip.push(part));
+        }
+        let mut rounded = vec![0; strips.len()];
+        for_each_zip(parallelism, (&mut strips, 1), (&mut rounded, 1), |i, strips, rounded| {
+            for heads in strips {
+                let at = i * TOKENS * token;
+                let width = heads.first().map_or(0, |head| head.len() / vector * token);
+                for (slot, token) in codes[at..at + width].chunks_exact(token).enumerate() {
+                    for (head, vector) in heads.iter_mut().zip(token.chunks_exact(vector)) {
+                        head[slot * vector.len()..][..vector.len()].copy_from_slice(vector);
                     }
                 }
-            }
-            if let (Some(halving), [rounded]) = (&halving, rounded) {
-                *rounded = halving.apply(out);
+                rounded[0] += heads.iter_mut().map(|head| finish(head)).sum::<usize>();
             }
         });
-        Ok((Cow::Owned(out), rounded.iter().sum()))
+        rounded.iter().sum()
     }
 }
 
@@ -257,22 +296,45 @@ impl<'a> PackedKvRows<'a> {
     ///
     /// # Errors
     /// [`Error::Unsupported`] without memory for them.
-    pub fn unpack(&self) -> Result<[Vec<u8>; 2]> {
+    pub fn unpack(&self, parallelism: Parallelism<'_>) -> Result<[Vec<u8>; 2]> {
+        let mut out = [zeros("k codes", self.k().len())?, zeros("v codes", self.v().len())?];
+        let [k, v] = &mut out;
+        self.unpack_into(parallelism, [k, v])?;
+        Ok(out)
+    }
+
+    /// As [`PackedKvRows::unpack`], into the caller's memory: `[k, v]` of as many bytes as the packed planes.
+    ///
+    /// # Errors
+    /// [`Error::Length`]. Nothing is written then.
+    pub fn unpack_into(&self, parallelism: Parallelism<'_>, out: [&mut [u8]; 2]) -> Result<()> {
         let KvShape { num_kv_heads, head_dim_qk, head_dim_vo, .. } = self.layout.shape;
-        let mut out = [filled("k codes", self.k().len(), 0)?, filled("v codes", self.v().len(), 0)?];
-        for ((out, plane), head_dim) in out.iter_mut().zip(&self.planes).zip([head_dim_qk, head_dim_vo]) {
+        for (operand, out, plane) in [("k codes", &out[0], self.k()), ("v codes", &out[1], self.v())] {
+            length(operand, out.len(), plane.len())?;
+        }
+        for ((out, plane), head_dim) in out.into_iter().zip(&self.planes).zip([head_dim_qk, head_dim_vo]) {
             let vector = head_dim * self.layout.element.bytes();
-            if self.layout.heads == KvHeads::Together {
-                out.copy_from_slice(plane);
+            let (token, head) = (num_kv_heads * vector, self.layout.slots() * vector);
+            if plane.is_empty() {
                 continue;
             }
-            for (slot, token) in out.chunks_exact_mut(num_kv_heads * vector).enumerate() {
-                for (head, out) in token.chunks_exact_mut(vector).enumerate() {
-                    out.copy_from_slice(&plane[(head * self.layout.slots() + slot) * vector..][..vector]);
+            let chunk = match self.layout.heads {
+                KvHeads::Together => CHUNK,
+                KvHeads::Apart => TOKENS * token,
+            };
+            let mut nothing = vec![(); out.len().div_ceil(chunk)];
+            for_each_zip(parallelism, (out, chunk), (&mut nothing, 1), |i, out, _| match self.layout.heads {
+                KvHeads::Together => out.copy_from_slice(&plane[i * chunk..][..out.len()]),
+                KvHeads::Apart => {
+                    for (slot, token) in (i * TOKENS..).zip(out.chunks_exact_mut(token)) {
+                        for (at, out) in (slot * vector..).step_by(head).zip(token.chunks_exact_mut(vector)) {
+                            out.copy_from_slice(&plane[at..at + vector]);
+                        }
+                    }
                 }
-            }
+            });
         }
-        Ok(out)
+        Ok(())
     }
 }
 

@@ -13,6 +13,7 @@ mod mx;
 mod mx_pack;
 mod rows;
 mod rows_pack;
+mod turn;
 mod words;
 
 pub use columns::{ColumnOrder, Columns, GateUp};
@@ -27,12 +28,12 @@ use crate::error::{Error, Result};
 /// Partitions of SBUF and PSUM: rows of the TensorE array.
 pub const PARTITIONS: usize = 128;
 
-/// `len` times `value`, or an error where the allocator has no room: padding makes a small matrix large.
-fn filled(what: &str, len: usize, value: u8) -> Result<Vec<u8>> {
+/// `len` zeros, or an error where the allocator has no room: padding makes a small matrix large.
+fn zeros(what: &str, len: usize) -> Result<Vec<u8>> {
     Vec::<u8>::new()
         .try_reserve_exact(len)
         .map_err(|e| Error::Unsupported { what: format!("{what} of {len} bytes"), because: e.to_string() })?;
-    Ok(vec![value; len])
+    Ok(vec![0; len])
 }
 
 /// Refuses bytes that another layout, or another version of this one, made.

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use super::columns::{ColumnOrder, Columns, GateUp};
-use super::words::{QUADRANTS, Words};
+use super::turn::Turn;
+use super::words::Words;
 use crate::error::{Error, Result, mul};
 use crate::num::Fp8;
 use crate::quant::{QuantizedMatrix, Scheme};
@@ -15,7 +16,7 @@ const QUAD: usize = 4;
 /// Elements along k of a tile: 128 partitions x 4.
 const TILE: usize = 512;
 /// Scale groups of a tile.
-pub(super) const TILE_GROUPS: usize = TILE / GROUP;
+const TILE_GROUPS: usize = TILE / GROUP;
 /// Scale groups of a tile in one quadrant of 32 partitions.
 const GROUPS: usize = 4;
 /// Tiles whose scales share the 128 partitions of a scale tile: row offsets 0, 4, 8, 12.
@@ -24,6 +25,8 @@ const SHARING: usize = 4;
 const LIVE: usize = GROUPS * SHARING;
 /// Partitions of a quadrant.
 const QUADRANT: usize = 32;
+/// Quadrants of a tile.
+const QUADRANTS: usize = super::PARTITIONS / QUADRANT;
 
 /// What an x4 word holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -247,10 +250,14 @@ impl MxLayout {
         inside.then(|| (at.row * tiles + at.tile) * columns + at.column)
     }
 
-    /// Row of `[64, S]` that holds the scales of group `group`, 0..16, of a tile.
-    pub(super) fn scale_row(&self, tile: usize, group: usize) -> usize {
-        let row = group / GROUPS * LIVE + tile % SHARING * GROUPS + group % GROUPS;
-        row * self.words.tiles.div_ceil(SHARING) + tile / SHARING
+    /// How a channel's scales along k become rows of `[64, S]`, those of tiles past the last too.
+    pub(super) fn turn_scales(&self) -> Turn<'_, impl Fn(usize) -> usize + Sync> {
+        let depth = self.words.tiles.div_ceil(SHARING);
+        let row = move |scale: usize| {
+            let (tile, group) = (scale / TILE_GROUPS, scale % TILE_GROUPS);
+            (group / GROUPS * LIVE + tile % SHARING * GROUPS + group % GROUPS) * depth + tile / SHARING
+        };
+        Turn { columns: &self.columns, word: 1, words: depth * SHARING * TILE_GROUPS, row }
     }
 }
 

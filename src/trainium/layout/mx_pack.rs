@@ -1,13 +1,12 @@
 //! Packing into `mx-quads/1` and back.
 #![forbid(unsafe_code)]
 
-use super::mx::{GROUP, MxElement, MxLayout, MxPlace, MxScalePlace, TILE_GROUPS};
-use super::words::strips;
-use super::{ColumnOrder, GateUp, check_name, check_weight, filled};
+use super::mx::{GROUP, MxElement, MxLayout, MxPlace, MxScalePlace};
+use super::{ColumnOrder, GateUp, check_name, check_weight, zeros};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
 use crate::num::E8M0;
-use crate::quant::{GlobalScale, QuantizedExperts, QuantizedMatrix, QuantizedMatrixBuf, Scheme, finite};
+use crate::quant::{QuantizedExperts, QuantizedMatrix, QuantizedMatrixBuf, Scheme, finite};
 
 /// The scale of padding and of weights without block scales.
 const ONE: u8 = E8M0::ONE.to_bits();
@@ -38,17 +37,21 @@ impl MxLayout {
         check_weight(w, (self.scheme(), self.n(), self.k()))?;
         length("packed data", data.len(), self.data_bytes())?;
         length("packed scales", scales.len(), self.scale_bytes())?;
-        scales.fill(ONE);
-        let mut rows = strips(scales, self.columns().count(), 1);
-        self.words.pack(self.columns(), parallelism, data, &mut rows, |rows, piece, bytes| {
-            let Some(n) = piece.channel else { return bytes.fill(0) };
-            w.copy_codes(n, piece.first, bytes);
-            let mut groups = [ONE; TILE_GROUPS];
-            w.copy_block_scales(n, piece.first / GROUP, &mut groups);
-            for (group, scale) in groups.into_iter().enumerate() {
-                rows[self.scale_row(piece.tile, group)][piece.column] = scale;
+        self.words.turn(self.columns()).pack(parallelism, data, |channel, word, bytes| {
+            match channel {
+                Some(n) => w.copy_codes(n, word * self.words.elements(), bytes),
+                None => bytes.fill(0),
             }
-        })
+            0
+        })?;
+        self.turn_scales().pack(parallelism, scales, |channel, block, bytes| {
+            bytes.fill(ONE);
+            if let Some(n) = channel {
+                w.copy_block_scales(n, block, bytes);
+            }
+            0
+        })?;
+        Ok(())
     }
 
     /// Packs `w`.
@@ -57,8 +60,8 @@ impl MxLayout {
     /// As [`MxLayout::pack_into`]; [`Error::Unsupported`] without memory for the padded tensors.
     pub fn pack(&self, w: &QuantizedMatrix<'_>, parallelism: Parallelism<'_>) -> Result<PackedMx> {
         check_weight(w, (self.scheme(), self.n(), self.k()))?;
-        let mut data = filled("packed data", self.data_bytes(), 0)?;
-        let mut scales = filled("packed scales", self.scale_bytes(), 0)?;
+        let mut data = zeros("packed data", self.data_bytes())?;
+        let mut scales = zeros("packed scales", self.scale_bytes())?;
         self.pack_into(w, parallelism, &mut data, &mut scales)?;
         let outer_scales = outer_scales(self, w)?;
         Ok(PackedMx { layout: *self, data, scales, outer_scales })
@@ -143,25 +146,26 @@ impl PackedMx {
     /// # Errors
     /// [`Error::Unsupported`] without memory for it.
     pub fn unpack(&self, parallelism: Parallelism<'_>) -> Result<QuantizedMatrixBuf> {
-        let (scheme, n, k) = (self.layout.scheme(), self.layout.n(), self.layout.k());
-        let columns = self.layout.columns();
-        let codes = self.layout.words.unpack(columns, parallelism, &self.data, scheme.code_bytes(k))?;
-        let mut block_scales = Vec::new();
-        if scheme.block() == GROUP {
-            block_scales = filled("block scales", mul("block scales", n, k / GROUP)?, 0)?;
-            for (n, row) in block_scales.chunks_exact_mut(k / GROUP).enumerate() {
-                let column = columns.column(n).unwrap_or_default();
-                for (group, scale) in row.iter_mut().enumerate() {
-                    let row = self.layout.scale_row(group / TILE_GROUPS, group % TILE_GROUPS);
-                    *scale = self.scales[row * columns.count() + column];
-                }
-            }
-        }
+        let mut out = QuantizedMatrixBuf::new();
+        self.unpack_into(parallelism, &mut out)?;
+        Ok(out)
+    }
+
+    /// As [`PackedMx::unpack`], into the memory of `out` where that is enough: fresh memory costs more than unpacking.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] without memory for it; `out` is unchanged then.
+    pub fn unpack_into(&self, parallelism: Parallelism<'_>, out: &mut QuantizedMatrixBuf) -> Result<()> {
+        let (layout, columns) = (&self.layout, self.layout.columns());
+        let (scheme, n, k) = (layout.scheme(), layout.n(), layout.k());
+        let blocks = if scheme.block() == GROUP { k / GROUP } else { 0 };
         let outer_scales = match scheme {
             Scheme::Fp8PerChannel(_) => columns.unpack(&self.outer_scales)?,
             _ => self.outer_scales.clone(),
         };
-        Ok(QuantizedMatrixBuf { scheme, n, k, codes, block_scales, global: GlobalScale::ONE, outer_scales })
+        out.reshape(scheme, (n, k), mul("block scales", n, blocks)?, outer_scales)?;
+        layout.words.turn(columns).unpack(parallelism, &self.data, &mut out.codes, scheme.code_bytes(k))?;
+        layout.turn_scales().unpack(parallelism, &self.scales, &mut out.block_scales, blocks)
     }
 }
 
@@ -193,8 +197,8 @@ impl PackedMxExperts {
             });
         }
         let experts = w.len();
-        let mut data = filled("packed experts", mul("packed experts", experts, layout.data_bytes())?, 0)?;
-        let mut scales = filled("packed experts", mul("packed experts", experts, layout.scale_bytes())?, 0)?;
+        let mut data = zeros("packed experts", mul("packed experts", experts, layout.data_bytes())?)?;
+        let mut scales = zeros("packed experts", mul("packed experts", experts, layout.scale_bytes())?)?;
         let parts = data.chunks_exact_mut(layout.data_bytes()).zip(scales.chunks_exact_mut(layout.scale_bytes()));
         for (w, (data, scales)) in w.iter().zip(parts) {
             layout.pack_into(w, parallelism, data, scales)?;

@@ -1,13 +1,13 @@
 //! Packing into `rows-128/1` and back.
 #![forbid(unsafe_code)]
 
-use super::halve::{Halving, doubled};
+use super::halve::{doubled, halve, halved};
 use super::rows::{RowElement, RowPlace, RowsLayout};
-use super::{check_name, check_weight, filled};
+use super::{check_name, check_weight, zeros};
 use crate::cpu::Parallelism;
 use crate::error::{Error, Result, length, mul};
 use crate::num::BridgeReport;
-use crate::quant::{GlobalScale, QuantizedMatrix, QuantizedMatrixBuf, Scheme, finite};
+use crate::quant::{QuantizedMatrix, QuantizedMatrixBuf, Scheme, finite};
 use std::borrow::Cow;
 
 /// A weight in [`RowsLayout`]: the tensors to write to HBM.
@@ -34,17 +34,17 @@ impl RowsLayout {
         data: &mut [u8],
     ) -> Result<BridgeReport> {
         check_weight(w, (self.scheme(), self.n(), self.k()))?;
-        let halving = self.halves().then(Halving::new);
-        let mut rounded = vec![0; self.words.strips()];
-        self.words.pack(self.columns(), parallelism, data, &mut rounded, |rounded, piece, bytes| {
-            let Some(n) = piece.channel else { return bytes.fill(0) };
-            w.copy_codes(n, piece.first, bytes);
-            if let Some(halving) = &halving {
-                *rounded += halving.apply(bytes);
-            }
+        length("packed data", data.len(), self.data_bytes())?;
+        let rounded = self.words.turn(self.columns()).pack(parallelism, data, |channel, word, bytes| {
+            let Some(n) = channel else {
+                bytes.fill(0);
+                return 0;
+            };
+            w.copy_codes(n, word * self.words.elements(), bytes);
+            if self.halves() { halve(bytes) } else { 0 }
         })?;
         // Padding is zeros, which halve exactly: only the weight's codes are reported.
-        Ok(Halving::report(self.n() * self.k(), rounded.iter().sum()))
+        Ok(halved(self.n() * self.k(), rounded))
     }
 
     /// The f32 scales that multiply the result: `[1]` per tensor, `[C]` per channel (1.0 in padding), the grid as it is for tiles
@@ -79,7 +79,7 @@ impl RowsLayout {
     /// As [`RowsLayout::pack_into`] and [`RowsLayout::scales`]; [`Error::Unsupported`] without memory for the padded tensor.
     pub fn pack(&self, w: &QuantizedMatrix<'_>, parallelism: Parallelism<'_>) -> Result<(PackedRows, BridgeReport)> {
         let scales = self.scales(w)?;
-        let mut data = filled("packed data", self.data_bytes(), 0)?;
+        let mut data = zeros("packed data", self.data_bytes())?;
         let report = self.pack_into(w, parallelism, &mut data)?;
         Ok((PackedRows { layout: *self, data, scales }, report))
     }
@@ -141,14 +141,23 @@ impl PackedRows {
     /// # Errors
     /// [`Error::Unsupported`] without memory for it.
     pub fn unpack(&self, parallelism: Parallelism<'_>) -> Result<QuantizedMatrixBuf> {
+        let mut out = QuantizedMatrixBuf::new();
+        self.unpack_into(parallelism, &mut out)?;
+        Ok(out)
+    }
+
+    /// As [`PackedRows::unpack`], into the memory of `out` where that is enough: fresh memory costs more than unpacking.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] without memory for it; `out` is unchanged then.
+    pub fn unpack_into(&self, parallelism: Parallelism<'_>, out: &mut QuantizedMatrixBuf) -> Result<()> {
         let (scheme, n, k) = (self.layout.device_scheme(), self.layout.n(), self.layout.k());
         let columns = self.layout.columns();
-        let codes = self.layout.words.unpack(columns, parallelism, &self.data, scheme.code_bytes(k))?;
         let outer_scales = match scheme {
             Scheme::Fp8PerChannel(_) => columns.unpack(&self.scales)?,
             _ => self.scales.clone(),
         };
-        let (block_scales, global) = (Vec::new(), GlobalScale::ONE);
-        Ok(QuantizedMatrixBuf { scheme, n, k, codes, block_scales, global, outer_scales })
+        out.reshape(scheme, (n, k), 0, outer_scales)?;
+        self.layout.words.turn(columns).unpack(parallelism, &self.data, &mut out.codes, scheme.code_bytes(k))
     }
 }
