@@ -111,7 +111,9 @@ def tour_search(a, index, near, segments):
     nisa.local_gather(dst=local, src_buffer=x, index=load(near))
     turned = nl.ndarray((p, f), dtype=nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=turned, value=0.25)
-    mask = [31 - i if i % 3 > 0 else 255 for i in range(32)]
+    mask = []
+    for i in range(32):
+        mask.append(31 - i if i % 3 > 0 else 255)
     nisa.nc_stream_shuffle(dst=turned, src=x, shuffle_mask=mask)
     bounds = nl.ndarray((1, 2, f), dtype=nl.float32, buffer=nl.sbuf)
     nisa.sequence_bounds(dst=bounds, segment_ids=load(segments))
