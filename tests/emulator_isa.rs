@@ -260,3 +260,59 @@ fn quantize_mx_of_known_groups() {
     assert_eq!(run(1.9375, &Options::default()), (0x78, 120)); // 248 ties to 256
     assert_eq!(run(1.9375, &OCP), (0x7E, 119)); // 496 is clipped to 448
 }
+
+/// One fp32 row through an instruction of GpSimd or VectorE that writes one row of another shape.
+fn row(name: &str, engine: &str, role: &str, x: &[f32], dst: (&str, usize), attrs: serde_json::Value) -> Vec<u8> {
+    let mut d = Device::new("trn2");
+    let data = d.input("float32", &[1, x.len()]);
+    let out = d.tensor("sbuf", dst.0, &[1, dst.1]);
+    d.on(name, engine, &[("dst", out)], &[(role, data)], attrs);
+    d.output(out);
+    d.run(&[&f32_bytes(x)], &Options::default()).unwrap()[0].clone()
+}
+
+#[test]
+fn nonzero_with_count_is_the_documents_example() {
+    let x = [0., 1., 1., 0., 0., 1., 0., 0.];
+    let attrs = json!({"index_offset": 16, "padding_val": -1});
+    let got = row("nonzero_with_count", "gpsimd", "src", &x, ("int32", 9), attrs);
+    let want: Vec<u8> = [17i32, 18, 21, -1, -1, -1, -1, -1, 3].iter().flat_map(|v| v.to_le_bytes()).collect();
+    assert_eq!(got, want);
+}
+
+#[test]
+fn statistics_are_of_even_and_odd_elements_and_sequences_end_where_ids_change() {
+    let got = f32_values(&row("bn_stats", "vector", "data", &[1., 10., 3., 20., 5.], ("float32", 6), json!({})));
+    assert_eq!(got, [3., 3., 8., 2., 15., 50.]);
+    let ids = [7., 7., 0., 2.];
+    let got = f32_values(&row("sequence_bounds", "gpsimd", "segment_ids", &ids, ("float32", 8), json!({})));
+    assert_eq!(got, [0., 0., 4., 3., 2., 2., -1., 4.]);
+}
+
+/// What the documents call undefined is refused: a value that is not there, two equal values to replace.
+#[test]
+fn searches_refuse_what_has_no_documented_result() {
+    let run = |wanted: [f32; 8], replace: bool| {
+        let mut d = Device::new("trn2");
+        let (data, vals) = (d.input("float32", &[1, 9]), d.input("float32", &[1, 8]));
+        let reads = [("data", data), ("vals", vals)];
+        if replace {
+            let dst = d.tensor("sbuf", "float32", &[1, 9]);
+            d.on("nc_match_replace8", "vector", &[("dst", dst)], &reads, json!({"imm": -1.0}));
+            d.output(dst);
+        } else {
+            let dst = d.tensor("sbuf", "uint16", &[1, 8]);
+            d.on("nc_find_index8", "vector", &[("dst", dst)], &reads, json!({}));
+            d.output(dst);
+        }
+        let x = [9., 1., 2., 3., 4., 5., 6., 7., 2.];
+        d.run(&[&f32_bytes(&x), &f32_bytes(&wanted)], &Options::default())
+    };
+    let known = [1., 2., 3., 4., 5., 6., 7., 9.];
+    let places: Vec<u8> = [1u16, 2, 3, 4, 5, 6, 7, 0].iter().flat_map(|v| v.to_le_bytes()).collect();
+    assert_eq!(run(known, false).unwrap()[0], places, "the first 2, not the second");
+    assert_eq!(f32_values(&run(known, true).unwrap()[0]), [-1., -1., -1., -1., -1., -1., -1., -1., 2.]);
+    let with = |i: usize, v: f32| std::array::from_fn(|j| if i == j { v } else { known[j] });
+    assert_eq!(run(with(3, 8.0), false).unwrap_err().rule, Rule::Value);
+    assert_eq!(run(with(0, 2.0), true).unwrap_err().rule, Rule::Value);
+}

@@ -1,10 +1,11 @@
-"""Examples of kernels/tests/isa_tour.py: integers and powers of two, so that no executor may round differently."""
+"""Examples of kernels/tests/isa_tour.py and isa_tour_more.py: integers and powers of two, so that no executor may round differently."""
 
 import ml_dtypes
 import numpy as np
 from trace import Example
 
 FILE = "tests/isa_tour.py"
+MORE = "tests/isa_tour_more.py"
 
 
 def examples() -> list[Example]:
@@ -36,4 +37,32 @@ def examples() -> list[Example]:
         "start": np.array([[5]], np.int32),
     }
     out.append(Example("trn2", "trn2", FILE, "tour_move", move))
+    return out + _more(rng)
+
+
+def _more(rng) -> list[Example]:
+    """Those of isa_tour_more.py."""
+    ints = lambda shape, low, high: rng.integers(low, high, shape, endpoint=True)  # noqa: E731
+    fp32 = lambda shape, low, high: ints(shape, low, high).astype(np.float32)  # noqa: E731
+    out = []
+    # 32 elements, small: means and variances are exact in float32.
+    running = {"a": fp32((32, 32), -4, 4), "b": fp32((32, 32), -4, 4), "column": fp32((32, 1), -2, 2)}
+    out.append(Example("trn2", "trn2", MORE, "tour_running", running))
+    activate = {"a": fp32((32, 24), -20, 20), "column": np.exp2(fp32((32, 1), -2, 2))}
+    out.append(Example("trn3", "trn3", MORE, "tour_activate2", activate))
+    distinct = np.stack([rng.permutation(np.arange(-30, 30)) for _ in range(64)]).astype(np.float32)
+    search = {
+        "a": distinct,
+        "index": ints((64, 20), 0, 59).astype(np.uint32),
+        "near": ints((64, 4), 0, 59).astype(np.uint16),
+        "segments": np.repeat([3, 1, 0, 4, 2, 0], [7, 20, 3, 1, 25, 4]).reshape(1, 60).astype(np.float32),
+    }
+    out.append(Example("trn2", "trn2", MORE, "tour_search", search))
+    compute = {
+        "a": fp32((16, 24), -9, 9),
+        "b": fp32((16, 24), -9, 9),
+        "table": fp32((40, 24), -9, 9).astype(ml_dtypes.bfloat16),
+        "rows": rng.permutation(40)[:16].reshape(16, 1).astype(np.int32),
+    }
+    out.append(Example("trn2", "trn2", MORE, "tour_dma_compute", compute))
     return out

@@ -193,8 +193,15 @@ impl Alu {
             Multiply => Some(1.0),
             Maximum => Some(f32::NEG_INFINITY),
             Minimum => Some(f32::INFINITY),
+            AbsMax => Some(0.0),
+            AbsMin => Some(f32::INFINITY),
             _ => None,
         }
+    }
+
+    /// Whether every engine that reduces can reduce by it.
+    pub(super) fn is_reduction(self) -> bool {
+        matches!(self, Add | Multiply | Maximum | Minimum)
     }
 }
 

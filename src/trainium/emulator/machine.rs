@@ -97,18 +97,31 @@ impl<'a> Machine<'a> {
     fn execute(&mut self, instruction: &Instruction) -> Result<()> {
         let mut step = Execution { machine: self, instruction };
         match &instruction.op {
-            Op::DmaCopy { .. } | Op::DmaTranspose { .. } => exec::dma::execute(&mut step),
+            Op::DmaCopy { .. } | Op::DmaTranspose { .. } | Op::DmaCompute { .. } => exec::dma::execute(&mut step),
             Op::Copy { .. } | Op::Memset { .. } | Op::CopyPredicated { .. } | Op::Transpose { .. } => {
                 exec::copy::execute(&mut step)
             }
             Op::Matmul { .. } | Op::MatmulTranspose { .. } => exec::matmul::execute(&mut step),
             Op::MatmulMx { .. } | Op::QuantizeMx { .. } => exec::mx::execute(&mut step),
             Op::Activation { .. }
+            | Op::Activate2 { .. }
             | Op::Elementwise { .. }
             | Op::Bitwise { .. }
             | Op::ExactInteger { .. }
             | Op::TensorReduce { .. }
+            | Op::BitReduce { .. }
             | Op::PartitionReduce { .. } => exec::arithmetic::execute(&mut step),
+            Op::Scan { .. } | Op::Cumulative { .. } | Op::BnStats { .. } | Op::BnAggr { .. } => {
+                exec::running::execute(&mut step)
+            }
+            Op::Max8 { .. }
+            | Op::FindIndex8 { .. }
+            | Op::MatchReplace8 { .. }
+            | Op::Gather { .. }
+            | Op::LocalGather { .. }
+            | Op::Shuffle { .. }
+            | Op::SequenceBounds { .. }
+            | Op::NonzeroWithCount { .. } => exec::search::execute(&mut step),
             Op::Iota { .. } | Op::AffineSelect { .. } | Op::RangeSelect { .. } | Op::SelectReduce { .. } => {
                 exec::select::execute(&mut step)
             }

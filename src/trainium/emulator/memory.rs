@@ -131,15 +131,17 @@ impl Elements {
 
     /// The elements in another order: element i of the result is element `from(i)` of these.
     pub(super) fn permuted(&self, from: impl Fn(usize) -> usize) -> Elements {
-        let n = self.bits.len();
-        Elements {
-            bits: (0..n).map(|i| self.bits[from(i)]).collect(),
-            undefined: if self.undefined.is_empty() {
-                vec![]
-            } else {
-                (0..n).map(|i| self.undefined[from(i)]).collect()
-            },
+        self.picked((0..self.bits.len()).map(from))
+    }
+
+    /// The elements at these places.
+    pub(super) fn picked(&self, places: impl Iterator<Item = usize>) -> Elements {
+        let mut out = Elements::default();
+        for i in places {
+            out.bits.push(self.bits[i]);
+            out.undefined.extend(self.undefined.get(i));
         }
+        out
     }
 }
 

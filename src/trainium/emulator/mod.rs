@@ -37,8 +37,10 @@ mod load;
 mod machine;
 mod memory;
 mod op;
+mod op_rare;
 mod program;
 mod rules;
+mod rules_rare;
 
 pub use dtype::Dtype;
 pub use fault::{Fault, Result, Rule};

@@ -68,6 +68,7 @@ pub(super) struct Affine {
 pub(super) enum Op {
     DmaCopy { dst: Slot, src: Slot, skip: bool },
     DmaTranspose { dst: Slot, src: Slot, skip: bool },
+    DmaCompute { dst: Slot, srcs: Vec<Slot>, skip: bool },
     Copy { dst: Slot, src: Slot },
     Memset { dst: Slot, bits: u32 },
     CopyPredicated { dst: Slot, src: TileOrBits, predicate: Slot, reverse: bool },
@@ -77,11 +78,25 @@ pub(super) enum Op {
     MatmulMx { dst: Slot, data: [Slot; 2], scales: [Slot; 2], accumulate: Option<bool> },
     QuantizeMx { dst: Slot, src: Slot, dst_scale: Slot },
     Activation { dst: Slot, data: Slot, function: Function, scale: Factor, bias: Option<Factor>, subtract: bool, reduce: Reduce },
+    Activate2 { dst: Slot, data: Slot, function: Function, steps: Vec<Step>, reduce: Reduce },
     Elementwise { dst: Slot, data: Slot, steps: Vec<Step>, reduce: Option<Reduce> },
     Bitwise { dst: Slot, data: Slot, steps: Vec<BitStep> },
     ExactInteger { dst: Slot, a: Slot, b: Slot, op: Alu },
     TensorReduce { dst: Slot, data: Slot, op: Alu, negate: bool },
     PartitionReduce { dst: Slot, data: Slot, op: Alu },
+    BitReduce { dst: Slot, data: Slot, op: Alu, across: bool },
+    Scan { dst: Slot, data: [Slot; 2], initial: Factor, steps: [(Alu, bool); 2] },
+    Cumulative { dst: Slot, src: Slot, step: Step, reduce: Reduce },
+    BnStats { dst: Slot, data: Slot },
+    BnAggr { dst: Slot, data: Slot },
+    Max8 { dst: Slot, src: Slot },
+    FindIndex8 { dst: Slot, data: Slot, wanted: Slot },
+    MatchReplace8 { dst: Slot, data: Slot, wanted: Slot, value: f32, index: Option<Slot> },
+    Gather { dst: Slot, data: Slot, indices: Slot },
+    LocalGather { dst: Slot, src: Slot, index: Slot, run: usize, valid: usize },
+    Shuffle { dst: Slot, src: Slot, mask: Box<[Option<usize>; 32]> },
+    SequenceBounds { dst: Slot, ids: Slot },
+    NonzeroWithCount { dst: Slot, src: Slot, offset: i64, padding: i64 },
     Iota { dst: Slot, affine: Affine },
     AffineSelect { dst: Slot, on_true: Slot, affine: Affine, compare: Alu, on_false: f32 },
     RangeSelect { dst: Slot, on_true: Slot, compare: [Alu; 2], bounds: [Slot; 2], start: i64, reduce: Reduce },
@@ -250,10 +265,19 @@ fn take(name: &str, engine: Engine, args: &mut Args) -> Result<Op> {
                     ),
                 );
             }
-            Op::TensorReduce { dst, data, op, negate: args.flag("negate")? }
+            let negate = args.flag("negate")?;
+            match op.is_bitwise() {
+                true if negate => return fault(Rule::Operand, "negate goes with arithmetic operators only"),
+                true => Op::BitReduce { dst, data, op, across: false },
+                false => Op::TensorReduce { dst, data, op, negate },
+            }
         }
         "tensor_partition_reduce" => {
-            Op::PartitionReduce { dst: args.write("dst")?, data: args.read("data")?, op: args.alu("op")? }
+            let (dst, data, op) = (args.write("dst")?, args.read("data")?, args.alu("op")?);
+            match op.is_bitwise() {
+                true => Op::BitReduce { dst, data, op, across: true },
+                false => Op::PartitionReduce { dst, data, op },
+            }
         }
         "iota" => Op::Iota { dst: args.write("dst")?, affine: affine(args)? },
         "affine_select" => Op::AffineSelect {
@@ -286,7 +310,7 @@ fn take(name: &str, engine: Engine, args: &mut Args) -> Result<Op> {
         }
         "register_load" => Op::RegisterLoad { register: args.register_named("dst")?, src: args.read("src")? },
         "register_store" => Op::RegisterStore { dst: args.write("dst")?, register: args.register_named("src")? },
-        _ => return fault(Rule::Malformed, "this instruction is not one the emulator has"),
+        _ => return super::op_rare::take(name, args),
     })
 }
 
@@ -361,7 +385,7 @@ fn constant(args: &mut Args, name: &str, dst: Slot) -> Result<u32> {
     }
 }
 
-fn number(args: &mut Args, name: &str) -> Result<f32> {
+pub(super) fn number(args: &mut Args, name: &str) -> Result<f32> {
     match args.number_opt(name)? {
         Some(x) => Ok(x),
         None => fault(Rule::Malformed, format!("no {name}")),
@@ -369,7 +393,7 @@ fn number(args: &mut Args, name: &str) -> Result<f32> {
 }
 
 /// The reduction of a VectorE instruction.
-fn vector_reduce(args: &mut Args, op: Alu) -> Result<Reduce> {
+pub(super) fn vector_reduce(args: &mut Args, op: Alu) -> Result<Reduce> {
     let command = args.command("reduce_cmd")?;
     let init = args.factor_opt("reduce_init")?;
     if (command == Command::LoadReduce) != init.is_some() {
@@ -379,7 +403,7 @@ fn vector_reduce(args: &mut Args, op: Alu) -> Result<Reduce> {
 }
 
 /// A step with a number, a column or nothing as its second input.
-fn arithmetic_step(args: &mut Args, op: &str, operand: &'static str, reverse: &str) -> Result<Step> {
+pub(super) fn arithmetic_step(args: &mut Args, op: &str, operand: &'static str, reverse: &str) -> Result<Step> {
     let op = args.alu(op)?;
     let reverse = args.flag(reverse)?;
     let other = match args.factor_opt(operand)? {

@@ -12,7 +12,7 @@ use super::program::{Buffer::*, Engine, PARTITIONS, Target};
 /// Checks the operands of an instruction.
 pub(super) fn check(op: &Op, engine: Engine, c: &Checker<'_>) -> Result<()> {
     let expected: &[Engine] = match op {
-        Op::DmaCopy { .. } | Op::DmaTranspose { .. } => &[Engine::Dma],
+        Op::DmaCopy { .. } | Op::DmaTranspose { .. } | Op::DmaCompute { .. } => &[Engine::Dma],
         Op::Matmul { .. } | Op::MatmulMx { .. } | Op::MatmulTranspose { .. } => &[Engine::Tensor],
         Op::Transpose { .. } => &[Engine::Tensor, Engine::Vector],
         Op::RegisterAlloc { .. } | Op::RegisterMove { .. } | Op::RegisterLoad { .. } | Op::RegisterStore { .. } => {
@@ -105,7 +105,7 @@ pub(super) fn check(op: &Op, engine: Engine, c: &Checker<'_>) -> Result<()> {
             c.arithmetic(*dst)?;
             c.arithmetic(*data)?;
             c.extent(*dst, c.access(*data).partitions(), c.access(*dst).free())?;
-            only(op.identity().is_some(), "needed add, multiply, maximum or minimum")
+            only(op.is_reduction(), "needed add, multiply, maximum or minimum")
         }
         Op::PartitionReduce { dst, data, op } => {
             c.buffer(*dst, &[Sbuf])?;
@@ -159,10 +159,11 @@ pub(super) fn check(op: &Op, engine: Engine, c: &Checker<'_>) -> Result<()> {
             c.integer(*slot)?;
             only(c.access(*slot).count() == 1, "a register holds one element")
         }
+        rare => super::rules_rare::check(rare, c),
     }
 }
 
-fn only(holds: bool, otherwise: &str) -> Result<()> {
+pub(super) fn only(holds: bool, otherwise: &str) -> Result<()> {
     if holds { Ok(()) } else { fault(Rule::Operand, otherwise) }
 }
 
@@ -327,7 +328,7 @@ fn elementwise(c: &Checker<'_>, dst: Slot, data: Slot, steps: &[Step], r: Option
 }
 
 fn reduce(c: &Checker<'_>, r: &Reduce, data: Slot) -> Result<()> {
-    only(r.op.identity().is_some(), "needed add, multiply, maximum or minimum")?;
+    only(r.op.is_reduction(), "needed add, multiply, maximum or minimum")?;
     let partitions = c.access(data).partitions();
     if let Some(init) = r.init {
         c.factor(init, partitions)?;

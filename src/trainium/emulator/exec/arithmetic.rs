@@ -31,6 +31,19 @@ pub(in super::super) fn execute(x: &mut Execution<'_, '_>) -> Result<()> {
             x.store_values(*dst, &values)?;
             reduce(x, r, *data, &values, init.as_deref())
         }
+        Op::Activate2 { dst, data, function, steps, reduce: r } => {
+            let mut values = x.values(*data)?;
+            let (partitions, free) = (x.access(*data).partitions(), x.access(*data).free());
+            for step in steps {
+                apply(x, step, &mut values, partitions, free)?;
+            }
+            for v in &mut values {
+                *v = function.apply(*v)?;
+            }
+            x.store_values(*dst, &values)?;
+            reduce(x, r, *data, &values, None)
+        }
+        Op::BitReduce { dst, data, op, across } => bit_reduce(x, *dst, *data, *op, *across),
         Op::Elementwise { dst, data, steps, reduce: r } => {
             let mut values = x.values(*data)?;
             let (partitions, free) = (x.access(*data).partitions(), x.access(*data).free());
@@ -103,6 +116,23 @@ fn bitwise(x: &mut Execution<'_, '_>, dst: Slot, data: Slot, steps: &[BitStep]) 
         }
     }
     x.store(dst, &Elements::defined(bits), None, Psum::Other)
+}
+
+/// A bitwise reduction of each stretch of free elements, or across partitions.
+fn bit_reduce(x: &mut Execution<'_, '_>, dst: Slot, data: Slot, op: Alu, across: bool) -> Result<()> {
+    let bits = x.bits(data)?;
+    let (kept, width) = (x.access(dst).count(), 8 * x.dtype(data).size() as u32);
+    let per = bits.len() / kept.max(1);
+    let mut out = Vec::with_capacity(kept);
+    for i in 0..kept {
+        let place = |j: usize| if across { j * kept + i } else { i * per + j };
+        let mut word = bits[place(0)];
+        for j in 1..per {
+            word = op.apply_bits(word, bits[place(j)], width, false)?;
+        }
+        out.push(word);
+    }
+    x.store(dst, &Elements::defined(out), None, Psum::Other)
 }
 
 /// 32-bit integers, exactly; a result outside the type has no documented value.

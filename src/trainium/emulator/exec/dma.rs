@@ -13,8 +13,39 @@ pub(in super::super) fn execute(x: &mut Execution<'_, '_>) -> Result<()> {
     match x.instruction.op {
         Op::DmaCopy { dst, src, skip } => copy(x, dst, src, skip),
         Op::DmaTranspose { dst, src, skip } => transpose(x, dst, src, skip),
+        Op::DmaCompute { dst, ref srcs, skip } => sum(x, dst, srcs, skip),
         _ => Ok(()),
     }
+}
+
+/// The sum of the sources, in f32, rounded once. An element that some source or the destination skips stays as it is.
+fn sum(x: &mut Execution<'_, '_>, dst: Slot, srcs: &[Slot], skip: bool) -> Result<()> {
+    let to = x.region(dst, skip)?;
+    let vector = x.access(dst).dynamic.as_ref().is_some_and(|d| d.vector);
+    let mut starts: Vec<usize> = to.starts().iter().flatten().copied().collect();
+    starts.sort_unstable();
+    if vector && starts.windows(2).any(|pair| pair[0] == pair[1]) {
+        return fault(Rule::Bounds, "dst: indices of a read-modify-write must be unique");
+    }
+    let mut total = vec![0f32; to.count()];
+    let mut keep = vec![true; to.count()];
+    for (number, &src) in srcs.iter().enumerate() {
+        let from = x.region(src, skip)?;
+        let (read, dtype, present) = (x.machine.memory.read(&from), x.dtype(src), present(&from));
+        for (i, total) in total.iter_mut().enumerate() {
+            if present.as_ref().is_some_and(|p| !p[i]) {
+                keep[i] = false;
+            } else if read.undefined(i) != 0 {
+                return fault(Rule::Uninitialised, format!("{}: element {i} was never written", x.role(src)));
+            } else {
+                let value = dtype.to_f32(read.bits[i]);
+                *total = if number == 0 { value } else { *total + value };
+            }
+        }
+    }
+    let bits = x.rounded(dst, &total)?;
+    x.machine.memory.write(&to, &Elements::defined(bits), Some(&keep), Psum::Other);
+    Ok(())
 }
 
 /// Which elements a source has: all but those of skipped rows.

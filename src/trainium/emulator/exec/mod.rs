@@ -8,6 +8,8 @@ pub(super) mod matmul;
 pub(super) mod mx;
 mod reduce;
 pub(super) mod register;
+pub(super) mod running;
+pub(super) mod search;
 pub(super) mod select;
 
 use super::dtype::Dtype;
