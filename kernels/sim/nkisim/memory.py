@@ -146,7 +146,9 @@ def check_extents(shape, buffer: MemoryRegion, dtype: DType, sbuf_bytes: int) ->
 
 def everywhere(mask) -> bool:
     """True if a definedness mask is one True repeated, which costs nothing to see."""
-    return mask is True or (isinstance(mask, np.ndarray) and not any(mask.strides) and mask.size > 0 and bool(mask.flat[0]))
+    if not isinstance(mask, np.ndarray):
+        return mask is True
+    return mask.size > 0 and not any(mask.strides) and bool(mask.flat[0])
 
 
 class Access:

@@ -99,7 +99,7 @@ def _require_written(access: Access, role: str) -> None:
         at = tuple(int(i) for i in np.argwhere(~written)[0])
         raise UninitializedError(
             f"{role} reads element {at} of {access.storage.name!r} {access.shape}, which was never written (or was "
-            "overwritten through another tensor at the same address)"
+            "overwritten through another tensor at the same address; switch uninitialized)"
         )
 
 

@@ -446,7 +446,12 @@ class NkiTensor:
         raise LanguageError("a tensor is not iterable")
 
     def __setitem__(self, key, value):
-        raise LanguageError("assignment into a tensor was removed with NKI 0.2; use nisa.tensor_copy or nisa.dma_copy")
+        """`t[...] = tile`: a copy on chip, as library kernels commit loop-carried state. Nothing else is assignable."""
+        from .isa.move import tensor_copy  # the instructions are built on this class
+
+        if not isinstance(value, NkiTensor) or not self.on_chip or not value.on_chip:
+            raise LanguageError("only an on-chip tile can be assigned to an on-chip tile; use nisa.dma_copy or memset")
+        tensor_copy(self[key], value)
 
     def _no_operator(self, *_):
         raise LanguageError("tensors have no operators; use nisa.tensor_tensor or nisa.tensor_scalar")

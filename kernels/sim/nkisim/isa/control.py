@@ -17,6 +17,11 @@ def get_nc_version():
     return nc_version(program.current().chip.gen)
 
 
+def get_nc_sub_version() -> int:
+    """Revision within a generation; library kernels ask for 1 on gen4 before they call `exponential`."""
+    return 1 if get_nc_version() >= nc_version.gen4 else 0
+
+
 @instruction
 def register_alloc(x=None):
     """A register, set to an int if one is given."""
