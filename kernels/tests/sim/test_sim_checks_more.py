@@ -125,6 +125,7 @@ ILLEGAL = [
     (lambda: nisa.dma_transpose(sb((4, 2, 2, 16), BF16), hbm((16, 2, 2, 4), BF16).vector_select(0, index(16, nl.uint32))), S, "must be 1"),
     (lambda: nisa.dma_compute(sb(), [], nl.add), S, "0 sources"),
     (lambda: nisa.dma_compute(sb(), [sb((2, 2))], nl.add), S, "has 4 elements"),
+    (lambda: nisa.dma_compute(sb(), [sb()], nl.add), errors.UnspecifiedError, "dst += src"),
     (lambda: nisa.dma_compute(sb((4, 16)), [hbm().vector_select(0, index())], nl.add), L, "exactly 2 sources"),
     # moves
     (lambda: nisa.memset(sb(buffer=P), 1.0, engine=nisa.engine.gpsimd), B, "gpsimd cannot reach"),
