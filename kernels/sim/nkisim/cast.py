@@ -20,6 +20,13 @@ def int_range(dtype: DType) -> tuple[int, int]:
     return _INT_RANGE[str(dtype)]
 
 
+def fresh(dtype: DType) -> np.generic:
+    """What the official simulator's memory holds before anything is written: NaN in floats, 4 in integers."""
+    if dtype.is_float:
+        return np.array(np.nan, np.float32).astype(dtype.np)[()]
+    return np.array(4, dtype.np)[()] if dtype.is_integer else np.zeros((), dtype.np)[()]
+
+
 def to_f32(raw: np.ndarray, dtype: DType) -> np.ndarray:
     """Values of storage elements as float32 (32-bit integers round to nearest even)."""
     if not (dtype.is_float or dtype.is_integer):

@@ -21,6 +21,8 @@ _CHOICES = {
     "mx_special": ("error", "propagate"),
     "mx_96_partitions": ("allow", "error"),
     "fp8_transpose": ("same", "error"),
+    "range_bounds": ("first", "error"),
+    "uninitialized": ("error", "fill"),
     "capacity": ("error", "ignore"),
 }
 
@@ -42,6 +44,10 @@ class Settings:
       excludes 96.
     * `fp8_transpose`: an FP8 transpose on TensorE. The API reference keeps the dtype, the architecture guide says the
       array writes 16-bit results.
+    * `range_bounds`: bounds of `range_select` with more partitions than the tile. The API reference wants equal counts,
+      AWS's prefill kernel passes 128 rows for a shorter last tile (its first rows are meant).
+    * `uninitialized`: arithmetic on elements that nothing has written. `fill` reads them as the official simulator's
+      fresh memory does (float NaN, integer 4); some library kernels compute on the unused rows of a short last tile.
     * `capacity`: whether SBUF and PSUM sizes are enforced (the official simulator does not).
     """
 
@@ -54,6 +60,8 @@ class Settings:
     mx_special: str = "error"
     mx_96_partitions: str = "allow"
     fp8_transpose: str = "same"
+    range_bounds: str = "first"
+    uninitialized: str = "error"
     capacity: str = "error"
 
     def __post_init__(self):

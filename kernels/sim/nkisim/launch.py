@@ -9,8 +9,8 @@ import threading
 
 import numpy as np
 
+from . import blas, config, dtypes, program
 from . import chip as chips
-from . import config, dtypes, program
 from .chip import Chip
 from .counters import Counters
 from .errors import BufferKindError, LanguageError, NkiValidationError, UninitializedError
@@ -135,7 +135,8 @@ class Kernel:
     def __call__(self, *args, **kwargs):
         if program.active():
             return self.fn(*args, **kwargs)
-        result, self.report = _launch(self, args, kwargs)
+        with blas.one_thread():
+            result, self.report = _launch(self, args, kwargs)
         _last.report = self.report
         return result
 
@@ -259,10 +260,12 @@ def _host_array(tensor: NkiTensor, what: str) -> np.ndarray:
     """A tensor's values for the caller; all must be written."""
     access = resolve(tensor, what)
     written = access.written()
-    if not written.all():
+    if not written.all() and config.current().uninitialized == "error":
         at = tuple(int(i) for i in np.argwhere(~written)[0])
         count = int(np.size(written) - np.count_nonzero(written))
-        raise UninitializedError(f"{what} {tensor.name!r}: {count} elements were never written, the first is {at}")
+        raise UninitializedError(
+            f"{what} {tensor.name!r}: {count} elements were never written, the first is {at} (switch uninitialized)"
+        )
     values = access.read().copy()
     outer = dtypes.outer(tensor.dtype)
     return values if values.dtype == outer else values.view(outer)

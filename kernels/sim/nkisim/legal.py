@@ -14,6 +14,7 @@ from .errors import (
     BufferKindError,
     CastError,
     DtypeError,
+    EngineError,
     LanguageError,
     PartitionError,
     ShapeError,
@@ -46,6 +47,15 @@ def start_partition(t: NkiTensor, role: str) -> None:
         raise PartitionError(
             f"{role} accesses {count} partitions from {first}; that many start at {' or '.join(map(str, allowed))}"
         )
+
+
+def indirect(program, t: NkiTensor, role: str, engine: str) -> None:
+    """Tensor indirection is read and written by the compute engines of NeuronCore-v4."""
+    if t.dynamic is None or t.dynamic.kind != "indirect":
+        return
+    needs(program, 4, f"{role}: indirect()")
+    if engine not in ("tensor", "vector", "scalar", "gpsimd"):
+        raise EngineError(f"{role} is an indirect() view; {engine} cannot use one, only the compute engines can")
 
 
 def distinct(t: NkiTensor, role: str) -> None:

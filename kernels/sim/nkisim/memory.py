@@ -144,6 +144,13 @@ def check_extents(shape, buffer: MemoryRegion, dtype: DType, sbuf_bytes: int) ->
     return tuple(out)
 
 
+def everywhere(mask) -> bool:
+    """True if a definedness mask is one True repeated, which costs nothing to see."""
+    if not isinstance(mask, np.ndarray):
+        return mask is True
+    return mask.size > 0 and not any(mask.strides) and bool(mask.flat[0])
+
+
 class Access:
     """A resolved access: shape, dtype and where each element is, with every dynamic offset known.
 
@@ -176,10 +183,23 @@ class Access:
         strides = tuple(s * step for s in strides) + (step,)
         return np.ndarray(self.shape + (self.dtype.itemsize,), memory.dtype, memory, offset * step, strides)
 
+    def _tags(self) -> np.ndarray:
+        """The tags of a strided access, with adjacent elements of the last axis merged into one run of bytes."""
+        s, item = self.storage, self.dtype.itemsize
+        offset, strides = self._layout(s.row_stride, s.base)
+        shape, step = self.shape + (item,), s.tags.itemsize
+        if strides and (strides[-1] == item or self.shape[-1] == 1):
+            shape, strides = self.shape[:-1] + (self.shape[-1] * item,), strides[:-1]
+        return np.ndarray(shape, s.tags.dtype, s.tags, offset * step, (*(n * step for n in strides), step))
+
     def _gathered(self) -> np.ndarray:
-        """Byte positions of a gather: shape + (itemsize,); skipped elements point at byte 0."""
-        item = self.dtype.itemsize
-        return np.maximum(self.index, 0)[..., None] * item + np.arange(item) + self.storage.base
+        """Byte positions of a gather: shape + (itemsize,); skipped elements point at the first byte."""
+        s, item = self.storage, self.dtype.itemsize
+        at = np.maximum(self.index, 0) * item
+        if s.row_stride != s.row_bytes:
+            partition, within = np.divmod(at, s.row_bytes)
+            at = partition * s.row_stride + within
+        return at[..., None] + np.arange(item) + s.base
 
     @property
     def skipped(self) -> np.ndarray | None:
@@ -196,7 +216,7 @@ class Access:
     def written_bytes(self) -> np.ndarray:
         """Which bytes are written: bool, shape + (itemsize,)."""
         s = self.storage
-        if s.complete:
+        if s.complete or (self.index is None and (self._tags() == s.tag).all()):
             return np.broadcast_to(np.True_, self.shape + (self.dtype.itemsize,))
         if self.index is None:
             return self._bytes_of(s.tags, s.row_stride, s.base) == s.tag
@@ -204,14 +224,14 @@ class Access:
 
     def written(self) -> np.ndarray:
         """Which elements are wholly written: bool of the access's shape."""
-        if self.storage.complete:
-            return np.broadcast_to(np.True_, self.shape)
-        return self.written_bytes().all(axis=-1)
+        mask = self.written_bytes()
+        return np.broadcast_to(np.True_, self.shape) if everywhere(mask) else mask.all(axis=-1)
 
     def write(self, raw: np.ndarray, written=True, where: np.ndarray | None = None) -> None:
         """Store values; `written` (bool or bytes mask) becomes their definedness; `where` limits what is touched."""
         s = self.storage
         s.dirty = True
+        written = True if everywhere(written) else written
         raw = np.asarray(raw).reshape(self.shape)
         if self.index is not None:
             keep = self.index >= 0 if where is None else (self.index >= 0) & where
@@ -221,10 +241,14 @@ class Access:
             s.tags[at] = np.where(mask, s.tag, 0)
             return
         data = self._elements(s.data, self.dtype.np, s.row_stride, s.base)
+        if where is None and written is True:
+            data[...] = raw
+            self._tags()[...] = s.tag
+            return
         tags = self._bytes_of(s.tags, s.row_stride, s.base)
         if where is None:
             data[...] = raw
-            tags[...] = s.tag if written is True else np.where(written, s.tag, 0)
+            tags[...] = np.where(written, s.tag, 0)
         else:
             data[where] = raw[where]
             tags[where] = s.tag if written is True else np.where(written, s.tag, 0)[where]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import cast
+from . import cast, config, program
 from .dtypes import DType
 from .errors import BoundsError, UninitializedError
-from .memory import PSUM, PSUM_MATMUL, PSUM_OTHER, Access
+from .memory import PSUM, PSUM_MATMUL, PSUM_OTHER, Access, everywhere
 from .registers import VirtualRegister
 from .tensor import NkiTensor
 
@@ -31,6 +31,8 @@ def resolve(t: NkiTensor, role: str, skip: bool = False) -> Access:
         return t.access()
     if t.dynamic.kind == "scalar":
         return _resolve_scalar(t, role, skip)
+    if t.dynamic.kind == "indirect":
+        return _resolve_indirect(t, role)
     return _resolve_vector(t, role, skip)
 
 
@@ -75,23 +77,42 @@ def _resolve_vector(t: NkiTensor, role: str, skip: bool) -> Access:
     return Access(t.storage, t.dtype, t.shape, t.strides, 0, flat)
 
 
+def _resolve_indirect(t: NkiTensor, role: str) -> Access:
+    """Offset i of a group of partitions is in its row i mod G, column i div G; G is the group size of the engine."""
+    group, count, extent = program.current().indirect_group, t.shape[1], t.dynamic.extent
+    index = ints(t.dynamic.source, "index")
+    index = index.reshape(index.shape[0], -1)
+    if index.shape[0] % group or count > group * index.shape[1]:
+        raise BoundsError(
+            f"{role}: {count} offsets from groups of {group} partitions; index is {index.shape[0]} x {index.shape[1]}"
+        )
+    if (index >= extent).any() or (index < 0).any():
+        raise BoundsError(f"{role}: offset {int(index.max())} is outside 0..{extent}")
+    snake = index.reshape(-1, group, index.shape[1]).transpose(0, 2, 1).reshape(-1, group * index.shape[1])[:, :count]
+    rows = np.arange(t.shape[0], dtype=np.int64)[:, None] * t.row_elements
+    return Access(t.storage, t.dtype, t.shape, t.strides, 0, t.offset + rows + np.repeat(snake, group, axis=0))
+
+
 def _require_written(access: Access, role: str) -> None:
     written = access.written()
-    if not written.all():
+    if not everywhere(written) and not written.all():
         at = tuple(int(i) for i in np.argwhere(~written)[0])
         raise UninitializedError(
             f"{role} reads element {at} of {access.storage.name!r} {access.shape}, which was never written (or was "
-            "overwritten through another tensor at the same address)"
+            "overwritten through another tensor at the same address; switch uninitialized)"
         )
 
 
 def raw(t: NkiTensor, role: str) -> np.ndarray:
     """Storage values, all of them written."""
     access = resolve(t, role)
-    _require_written(access, role)
+    fill = config.current().uninitialized == "fill"
+    if not fill:
+        _require_written(access, role)
     if access.storage.buffer is PSUM:
         access.mark_evicted()
-    return access.read()
+    values, written = access.read(), access.written() if fill else True
+    return values if everywhere(written) else np.where(written, values, cast.fresh(t.dtype))
 
 
 def f32(t: NkiTensor, role: str) -> np.ndarray:
@@ -128,6 +149,8 @@ def store_f32(t: NkiTensor, values: np.ndarray, role: str = "dst", written=None,
 def store_bits(t: NkiTensor, values: np.ndarray, role: str = "dst", written=True, where=None, by_matmul=False) -> None:
     """Store raw values; `written` is True or a mask that broadcasts to bytes."""
     access = resolve(t, role)
+    if t.dynamic is not None and t.dynamic.kind == "indirect" and np.unique(access.index).size != access.index.size:
+        raise BoundsError(f"{role}: two offsets of indirect() are equal; which value stays is not defined")
     access.write(values, written, None if where is None else where.reshape(t.shape))
     if access.storage.buffer is PSUM:
         access.set_psum_state(PSUM_MATMUL if by_matmul else PSUM_OTHER)

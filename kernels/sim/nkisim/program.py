@@ -46,6 +46,7 @@ class Program:
         self.accumulators: dict[str, np.ndarray | None] = {"vector": None, "scalar": None}
         self.random: dict[str, np.random.Generator] = {}
         self.data_dependent = False  # a loop's length came from a register: the instruction list holds for this data only
+        self.indirect_group = 16  # partitions that share the offsets of an indirect() operand of this instruction
         self._physical: dict[MemoryRegion, Physical] = {}
         self._shared_seen = 0
 
@@ -115,8 +116,10 @@ class Program:
         """
         writes = {k: t for k, t in writes.items() if isinstance(t, NkiTensor)}
         reads = {k: t for k, t in reads.items() if isinstance(t, NkiTensor)}
+        self.indirect_group = 32 if engine.name == "tensor" else 16
         for role, t in [*writes.items(), *reads.items()]:
             legal.pattern(t, role, start=engine.name != "dma" and role not in any_partition)
+            legal.indirect(self, t, role, engine.name)
         for role, t in writes.items():
             legal.distinct(t, role)
             if t.storage.kind == "constant":

@@ -30,7 +30,7 @@ class DynamicSlice:
 
 @dataclasses.dataclass(frozen=True)
 class Dynamic:
-    """A runtime part of an address: kind `scalar` or `vector`, its source, and elements added for each unit.
+    """A runtime part of an address: kind `scalar`, `vector` or `indirect`, its source, and elements for each unit.
 
     `extent` is the size of the indexed dimension.
     """
@@ -127,6 +127,8 @@ class NkiTensor:
     # -- views --------------------------------------------------------------------------------------------------
 
     def _with(self, shape, strides, offset=None, dynamic=None) -> NkiTensor:
+        if self.dynamic is not None and self.dynamic.kind == "indirect":
+            raise BoundsError("an indirect() view cannot be viewed again")
         return NkiTensor(
             self.storage, self.dtype, shape, strides, self.offset if offset is None else offset, dynamic or self.dynamic
         )
@@ -408,10 +410,24 @@ class NkiTensor:
         return Dynamic("scalar", _scalar_source(scalar), unit // new.itemsize, self.shape[axis])
 
     def indirect(self, index, num_elem=None):
-        """Tensor indirection of compute engines: not modelled."""
-        raise UnspecifiedError(
-            "indirect(): the documents do not fix which partition's offsets a group uses; not modelled"
-        )
+        """Tensor indirection of the compute engines: column i of the result is read from (or written to) the free
+        element that offset i names. Offset i of a group of partitions is `index[i % G, i // G]` within the group, G is
+        16 (vector, scalar, gpsimd) or 32 (tensor)."""
+        if self.dynamic is not None:
+            raise BoundsError("indirect on a view that already has a runtime index")
+        if self.buffer is not MemoryRegion.sbuf or not self.is_contiguous():
+            raise UnspecifiedError("indirect() is documented for contiguous rows in SBUF; this view is something else")
+        if not isinstance(index, NkiTensor) or index.buffer is not MemoryRegion.sbuf:
+            raise BoundsError("indirect: index must be a tensor in SBUF")
+        if index.dtype != "uint16":
+            raise DtypeError(f"indirect: index has dtype {index.dtype}, need uint16")
+        if index.shape[0] != self.shape[0]:
+            raise PartitionError(f"indirect: index has {index.shape[0]} partitions, the tensor has {self.shape[0]}")
+        count = index.size if num_elem is None else num_elem
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+            raise ShapeError(f"indirect: num_elem is {num_elem!r}, need an int of at least 1")
+        dynamic = Dynamic("indirect", index, 1, self.free_size)
+        return NkiTensor(self.storage, self.dtype, (self.shape[0], count), (self.row_elements, 1), self.offset, dynamic)
 
     # -- resolution ---------------------------------------------------------------------------------------------
 
@@ -430,7 +446,12 @@ class NkiTensor:
         raise LanguageError("a tensor is not iterable")
 
     def __setitem__(self, key, value):
-        raise LanguageError("assignment into a tensor was removed with NKI 0.2; use nisa.tensor_copy or nisa.dma_copy")
+        """`t[...] = tile`: a copy on chip, as library kernels commit loop-carried state. Nothing else is assignable."""
+        from .isa.move import tensor_copy  # the instructions are built on this class
+
+        if not isinstance(value, NkiTensor) or not self.on_chip or not value.on_chip:
+            raise LanguageError("only an on-chip tile can be assigned to an on-chip tile; use nisa.dma_copy or memset")
+        tensor_copy(self[key], value)
 
     def _no_operator(self, *_):
         raise LanguageError("tensors have no operators; use nisa.tensor_tensor or nisa.tensor_scalar")

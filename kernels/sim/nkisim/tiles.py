@@ -54,7 +54,7 @@ def activated(name: str):
 
     def call(x, dtype=None):
         legal.on_chip(x, "x")
-        dst = _result(x, dtype) if name != "copy" else new(x.shape, x.dtype if dtype is None else dtype, x.buffer)
+        dst = _result(x, dtype)
         reduce.activation(dst, op, x)
         return dst
 
@@ -229,6 +229,19 @@ def broadcast_to(x, shape, dtype=None):
             view = view.broadcast(axis, want)
     dst = new(tuple(shape), x.dtype if dtype is None else dtype)
     move.tensor_copy(dst, view)
+    return dst
+
+
+def gather_flattened(data, indices, axis=0, dtype=None):
+    """Within each partition, data's free elements (flattened) at `indices`, in the shape of `indices`."""
+    if axis != 0:
+        raise UnspecifiedError(f"gather_flattened along axis {axis}: the page describes the flattened free axes only")
+    gathered = new(indices.shape, data.dtype)
+    move.nc_n_gather(gathered, data, indices)
+    if dtype is None or resolve(dtype) == data.dtype:
+        return gathered
+    dst = new(indices.shape, dtype)
+    move.tensor_copy(dst, gathered)
     return dst
 
 

@@ -182,7 +182,7 @@ ILLEGAL = [
     (lambda: nisa.nc_n_gather(sb((8, 4)), sb(), sb((8, 4), nl.uint32, fill=16)), errors.BoundsError, "index 16"),
     (lambda: nisa.nc_n_gather(sb((8, 4)), sb(), sb((8, 4), nl.int32)), D, "need uint32"),
     (lambda: nisa.local_gather(sb((16, 32)), sb((16, 4)), sb((16, 2), nl.uint16, fill=4)), errors.BoundsError, "index 4"),
-    (lambda: nisa.local_gather(sb((16, 32)), sb((16, 4)), sb((16, 2), nl.uint16), num_elem_per_idx=2), errors.UnspecifiedError, "unit"),
+    (lambda: nisa.local_gather(sb((16, 32)), sb((16, 4)), sb((16, 2), nl.uint16), num_elem_per_idx=2), errors.ShapeError, "32 x 2"),
     (lambda: nisa.tensor_partition_reduce(sb((2, 16)), nl.add, sb()), S, "need 1 partition"),
     (lambda: nisa.tensor_partition_reduce(sb((1, 16)), nl.multiply, sb()), L, "op is"),
     # DMA

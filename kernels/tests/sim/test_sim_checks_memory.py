@@ -428,7 +428,7 @@ def test_dynamic_select_and_vector_select(sim):
         (lambda h, t, i: h.ap([[8, 4], [1, 8]], scalar_offset=i[0], vector_offset=i), errors.BoundsError, "exclude"),
         (lambda h, t, i: h[i[0]], errors.LanguageError, "runtime value is not an index"),
         (lambda h, t, i: h.ap([[8, 4], [1, 8]], vector_offset=i)[0:2], errors.BoundsError, "sliced or selected again"),
-        (lambda h, t, i: t.indirect(i), errors.UnspecifiedError, "not modelled"),
+        (lambda h, t, i: t.indirect(i), errors.DtypeError, "need uint16"),
     ],
 )
 def test_runtime_address_rules(sim, use, kind, match):

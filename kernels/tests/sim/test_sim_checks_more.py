@@ -100,7 +100,7 @@ ILLEGAL = [
     (lambda: hbm().ap([[1, 1]], offset=-1), BO, "negative"),
     (lambda: hbm().ap([[1, 1]], scalar_offset=3), BO, "register"),
     (lambda: hbm().ap([[1, 1]], scalar_offset=sb((1, 1))), D, "integer"),
-    (lambda: hbm().__setitem__(0, 1), L, "assignment"),
+    (lambda: hbm().__setitem__(0, 1), L, "on-chip tile can be assigned"),
     (lambda: hbm().reshape((-1, -1)), S, "more than one -1"),
     (lambda: hbm().reshape((-1, 7)), S, "does not divide"),
     (lambda: hbm().rearrange(("a",), ("a",)), S, "has 1 groups"),
@@ -125,6 +125,7 @@ ILLEGAL = [
     (lambda: nisa.dma_transpose(sb((4, 2, 2, 16), BF16), hbm((16, 2, 2, 4), BF16).vector_select(0, index(16, nl.uint32))), S, "must be 1"),
     (lambda: nisa.dma_compute(sb(), [], nl.add), S, "0 sources"),
     (lambda: nisa.dma_compute(sb(), [sb((2, 2))], nl.add), S, "has 4 elements"),
+    (lambda: nisa.dma_compute(sb(), [sb()], nl.add), errors.UnspecifiedError, "dst += src"),
     (lambda: nisa.dma_compute(sb((4, 16)), [hbm().vector_select(0, index())], nl.add), L, "exactly 2 sources"),
     # moves
     (lambda: nisa.memset(sb(buffer=P), 1.0, engine=nisa.engine.gpsimd), B, "gpsimd cannot reach"),
@@ -478,10 +479,3 @@ def test_switches_from_the_environment(monkeypatch):
     with config.configured(mx_scale="neuron") as inside:
         assert inside.mx_scale == config.current().mx_scale == "neuron"
     assert config.current().mx_scale == "ocp"
-
-
-def test_collectives_are_not_modelled():
-    import nki.collectives as collectives
-
-    with pytest.raises(AttributeError, match="not modelled"):
-        collectives.all_reduce  # noqa: B018

@@ -13,6 +13,7 @@ from nkisim.isa.common import (
 )
 from nkisim.isa.control import (
     core_barrier,
+    get_nc_sub_version,
     get_nc_version,
     register_alloc,
     register_load,
@@ -32,7 +33,7 @@ from nkisim.isa.move import (
     tensor_copy_predicated,
 )
 from nkisim.isa.mx import nc_matmul_mx, quantize_mx
-from nkisim.isa.random import dropout, rand2, rand_set_state, rng, set_rng_seed
+from nkisim.isa.random import dropout, rand2, rand_get_state, rand_set_state, rng, set_rng_seed
 from nkisim.isa.reduce import (
     activate2,
     activation,
@@ -51,6 +52,7 @@ from nkisim.isa.search import (
     nc_match_replace8,
     nonzero_with_count,
     sequence_bounds,
+    topk,
 )
 from nkisim.isa.vector import (
     reciprocal,
@@ -62,6 +64,7 @@ from nkisim.isa.vector import (
     tensor_tensor_scan,
 )
 from nkisim.registers import VirtualRegister
+from nkisim.trace import Instruction as NkiInstruction
 
 tensor_engine = engine.tensor
 vector_engine = engine.vector

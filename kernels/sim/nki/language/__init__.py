@@ -41,6 +41,7 @@ from nkisim.tensor import NkiTensor
 from nkisim.tiles import (
     broadcast_to,
     device_print,
+    gather_flattened,
     load,
     load_transpose2d,
     matmul,

@@ -17,6 +17,11 @@ def get_nc_version():
     return nc_version(program.current().chip.gen)
 
 
+def get_nc_sub_version() -> int:
+    """Revision within a generation; library kernels ask for 1 on gen4 before they call `exponential`."""
+    return 1 if get_nc_version() >= nc_version.gen4 else 0
+
+
 @instruction
 def register_alloc(x=None):
     """A register, set to an int if one is given."""
@@ -137,9 +142,13 @@ def core_barrier(data, cores, engine=Engine.gpsimd, name=None):
 
 
 @instruction
-def sendrecv(src, dst, send_to_rank, recv_from_rank, pipe_id, dma_engine=DmaEngine.dma, name=None):
-    """Send `src` to the other core's `dst` while receiving its `src`."""
+def sendrecv(
+    src, dst, send_to_rank, recv_from_rank, pipe_id, dma_engine=DmaEngine.dma, name=None, use_gpsimd_dma=None
+):
+    """Send `src` to the other core's `dst` while receiving its `src`. `use_gpsimd_dma` is NKI 0.3's `dma_engine`."""
     prog = program.current()
+    if use_gpsimd_dma is not None:
+        dma_engine = DmaEngine.gpsimd_dma if use_gpsimd_dma else DmaEngine.dma
     _two_cores(prog, "sendrecv")
     legal.in_buffers(src, "src", SBUF)
     legal.in_buffers(dst, "dst", SBUF)

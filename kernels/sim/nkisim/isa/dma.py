@@ -8,7 +8,16 @@ import numpy as np
 
 from .. import cast, legal, operand, program, view
 from ..alu import Op
-from ..errors import BoundsError, BufferKindError, DtypeError, EngineError, LanguageError, RaceError, ShapeError
+from ..errors import (
+    BoundsError,
+    BufferKindError,
+    DtypeError,
+    EngineError,
+    LanguageError,
+    RaceError,
+    ShapeError,
+    UnspecifiedError,
+)
 from ..memory import HBM, SBUF, SHARED_HBM
 from ..tensor import NkiTensor
 from .common import DgeMode, Engine, OobMode, instruction, member
@@ -206,6 +215,11 @@ def dma_compute(dst, srcs, reduce_op, scales=None, unique_indices=True, oob_mode
     indirect = any(t.dynamic is not None for t in [dst, *sources])
     if indirect and (len(sources) != 2 or not unique_indices):
         raise LanguageError("an indirect dma_compute takes exactly 2 sources and unique_indices=True")
+    if len(sources) == 1:
+        raise UnspecifiedError(
+            "one source: the page of dma_compute makes that dst = src, AWS's guide to NKI 0.3 dst += src; "
+            "call dma_copy, or pass srcs=[dst, src]"
+        )
     skip = oob_mode is OobMode.skip
 
     def run():

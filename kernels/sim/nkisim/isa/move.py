@@ -257,14 +257,12 @@ def local_gather(dst, src_buffer, index, num_elem_per_idx=1, num_valid_indices=N
         raise ShapeError(f"src_buffer has {src_buffer.shape[0]} partitions, need a multiple of 16")
     if num_elem_per_idx not in (1, 2, 4, 8, 16, 32):
         raise LanguageError(f"num_elem_per_idx is {num_elem_per_idx}, need 1, 2, 4, 8, 16 or 32")
-    if num_elem_per_idx != 1:
-        raise UnspecifiedError("num_elem_per_idx above 1: the documents do not fix the unit of the index")
     most = index.free_size * 16
     valid = most if num_valid_indices is None else legal.integer(num_valid_indices, "num_valid_indices")
     if not 0 < valid <= min(most, 4096):
         raise ShapeError(f"num_valid_indices is {valid}, need 1..{min(most, 4096)}")
-    if dst.free_size != valid:
-        raise ShapeError(f"dst has {dst.free_size} elements a partition, need {valid}")
+    if dst.free_size != valid * num_elem_per_idx:
+        raise ShapeError(f"dst has {dst.free_size} elements a partition, need {valid} x {num_elem_per_idx}")
 
     def run():
         values, written, _ = operand.bits(src_buffer, "src_buffer")
@@ -273,7 +271,8 @@ def local_gather(dst, src_buffer, index, num_elem_per_idx=1, num_valid_indices=N
         at = operand.ints(index, "index").reshape(index.shape[0], -1)
         out, mask = [], []
         for core in range(0, src_buffer.shape[0], 16):
-            flat = at[core : core + 16].T.reshape(-1)[:valid]
+            flat = at[core : core + 16].T.reshape(-1)[:valid]  # element offsets, partition first
+            flat = (flat[:, None] + np.arange(num_elem_per_idx)).reshape(-1)
             if (flat >= values.shape[1]).any():
                 raise BoundsError(f"core {core // 16}: index {int(flat.max())} is outside 0..{values.shape[1]}")
             out.append(values[core : core + 16][:, flat])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import legal, operand, program
-from ..errors import DtypeError, ShapeError
+from ..errors import DtypeError, ShapeError, UnspecifiedError
 from ..memory import SBUF
 from ..tensor import NkiTensor
 from .common import Engine, instruction, pick
@@ -122,3 +122,10 @@ def rand_set_state(src_seeds, engine=Engine.unknown, name=None):
         prog.random[chosen.name] = np.random.default_rng([int(w) for w in words])
 
     return prog.issue("rand_set_state", chosen, {}, {"src_seeds": src_seeds}, {}, run, label=name)
+
+
+@instruction
+def rand_get_state(dst, engine=Engine.unknown, name=None):
+    """Read an engine's generator state: refused, the generators here are not XORWOW."""
+    _state_size(program.current(), engine, dst, "dst")
+    raise UnspecifiedError("rand_get_state: the engine's XORWOW generator is not modelled, so it has no state to read")

@@ -13,7 +13,7 @@ from .. import activations, alu, legal, operand, program
 from ..chip import PARTITIONS
 from ..errors import CastError, DtypeError, LanguageError, ReductionStateError
 from ..tensor import NkiTensor
-from .common import Engine, ReduceCmd, instruction, member
+from .common import Engine, ReduceCmd, instruction, member, switches
 from .vector import operand_values, step, vector_or_number
 
 FP32_MIN = -3.4028235e38
@@ -87,6 +87,12 @@ def _init(value, cmd: ReduceCmd, data: NkiTensor):
 
 def _init_values(value):
     return operand.f32(value, "reduce_init") if isinstance(value, NkiTensor) else value
+
+
+def _bound_rows(bound, partitions: int) -> int:
+    """Partitions that a bound of range_select must have: a longer one gives its first rows (switch `range_bounds`)."""
+    longer = isinstance(bound, NkiTensor) and bound.shape[0] > partitions and switches().range_bounds == "first"
+    return bound.shape[0] if longer else partitions
 
 
 def _elementwise(dst, data, role: str = "data") -> None:
@@ -387,7 +393,8 @@ def range_select(
         if not isinstance(op, alu.Op) or op.key not in _COMPARE:
             raise LanguageError(f"{role} is {op!r}, need one of {', '.join(_COMPARE)}")
     for bound, role in ((bound0, "bound0"), (bound1, "bound1")):
-        legal.dtype_in(legal.column(bound, role, on_true_tile.shape[0]), role, "float32")
+        legal.dtype_in(legal.column(bound, role, _bound_rows(bound, on_true_tile.shape[0])), role, "float32")
+    bound0, bound1 = (b[: on_true_tile.shape[0]] for b in (bound0, bound1))
     _reduction(reduce_op, "reduce_op", "maximum", "max")
     if np.float32(legal.number(on_false_value, "on_false_value")) != np.float32(FP32_MIN):
         raise LanguageError(f"on_false_value is {on_false_value}, the hardware has only FP32_MIN ({FP32_MIN})")

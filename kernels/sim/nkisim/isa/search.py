@@ -215,3 +215,12 @@ def nonzero_with_count(dst, src, index_offset=0, padding_val=-1, name=None):
 
     attrs = {"index_offset": offset, "padding_val": padding}
     return prog.issue("nonzero_with_count", Engine.gpsimd, {"dst": dst}, {"src": src}, attrs, run, label=name)
+
+
+@instruction
+def topk(val_dst, idx_dst, src, n, sorted=False, name=None):
+    """The K largest of a snake of 16 partitions: refused, two editions of its page disagree."""
+    raise UnspecifiedError(
+        "topk: one edition of the API page writes results row by row in ascending order, a later one writes them as a "
+        "snake over 16 partitions; use max8, nc_find_index8 and nc_match_replace8"
+    )
