@@ -66,15 +66,15 @@ def check(entry: dict, target: str, inputs: dict[str, tuple[str, tuple[int, ...]
 
     `inputs` has (NKI dtype, shape) of each tensor given, `parameters` the compile-time arguments; None is as good as absent.
     """
-    call = _Call(entry, target, _present(entry, "inputs", inputs), _present(entry, "parameters", parameters))
-    for constraint in entry["constraints"]:
-        try:
-            holds = call.value(constraint["check"])
-        except Unknown as unknown:
-            raise Refused(constraint["name"], f"need {constraint['text']}; {unknown}") from None
-        if not holds:
-            raise Refused(constraint["name"], f"need {constraint['text']}")
+    call = _Call.of(entry, target, inputs, parameters)
+    for refused in call.refusals():
+        raise refused
     return call.bound()
+
+
+def refusals(entry: dict, target: str, inputs: dict[str, tuple[str, tuple[int, ...]]], parameters: dict[str, object]) -> list[str]:
+    """The names of all constraints that do not hold, in order; `check` names the first."""
+    return [refused.constraint for refused in _Call.of(entry, target, inputs, parameters).refusals()]
 
 
 def _present(entry: dict, kind: str, given: dict) -> dict:
@@ -131,6 +131,25 @@ class _Call:
             except Unknown:
                 pass
 
+    @staticmethod
+    def of(entry: dict, target: str, inputs: dict, parameters: dict) -> _Call:
+        """The call, once its arguments are there and hold something."""
+        tensors = _present(entry, "inputs", inputs)
+        for name, (dtype, shape) in tensors.items():
+            if 0 in shape:
+                raise Refused(name, f"got {dtype} {list(shape)}, each axis needs at least 1")
+        return _Call(entry, target, tensors, _present(entry, "parameters", parameters))
+
+    def refusals(self):
+        """Why the call is refused, for each constraint that does not hold."""
+        for constraint in self.entry["constraints"]:
+            need = f"need {constraint['text']}"
+            try:
+                if not self.value(constraint["check"]):
+                    yield Refused(constraint["name"], need)
+            except Unknown as unknown:
+                yield Refused(constraint["name"], f"{need}; {unknown}")
+
     def value(self, text: str):
         """The value of an expression."""
         return self._of(_parsed(text), {})
@@ -162,7 +181,7 @@ class _Call:
                 raise Refused(name, f"{row['name']} = {text}, need {row['kind']}")
         for tensor, (dtype, shape) in self.tensors.items():
             row = self.inputs[tensor]
-            if not self.fits(tensor) or 0 in shape:
+            if not self.fits(tensor):
                 raise Refused(name, f"{tensor} has shape {tuple(shape)}, need {row['shape']}")
             same = row["dtype"].removeprefix("dtype of ")
             wanted = [self.tensors[same][0]] if same in self.tensors else []
@@ -288,6 +307,6 @@ def _arithmetic(op: ast.operator, a, b):
             result = a**b if abs(a) < 2 or b < 128 else _LARGEST + 1
         case _:
             raise SyntaxError(f"not of this language: {op}")
-    if abs(result) > _LARGEST:
+    if not -_LARGEST - 1 <= result <= _LARGEST:
         raise Unknown("a number is too large")
     return result

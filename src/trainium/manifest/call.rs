@@ -104,6 +104,11 @@ impl KernelEntry {
             dims: Vec::new(),
             definitions: Vec::new(),
         };
+        for (input, given) in self.inputs.iter().zip(&call.tensors) {
+            if given.is_some_and(|given| given.shape.contains(&0)) {
+                return call.unsupported(call.describe(&input.name), "each axis needs at least 1".into());
+            }
+        }
         call.bind();
         for constraint in &self.constraints {
             call.hold(constraint)?;
@@ -325,7 +330,6 @@ impl<'a> Call<'a> {
             let Some(given) = given else { continue };
             let what = || self.describe(&input.name);
             let needed = match fits(input, given.shape, &evaluator) {
-                Ok(true) if given.shape.contains(&0) => Some("each axis holds something".into()),
                 Ok(true) => None,
                 Ok(false) => Some(format!("its shape is {}", input.shape)),
                 Err(problem) => Some(format!("its shape is {}; {problem}", input.shape)),
