@@ -1,11 +1,12 @@
 //! A call held against its kernel's entry.
 #![forbid(unsafe_code)]
 
-use super::evaluate::{Evaluator, Problem, Scope, Value, Worth};
+use super::evaluate::{Evaluator, MAX_STEPS, Problem, Scope, Value, Worth};
 use super::expression::{Expression, Query};
 use super::{Constraint, Input, KernelEntry, Parameter, ParameterKind, Types};
 use crate::trainium::{Dtype, Target};
 use crate::{Error, Result};
+use std::cell::Cell;
 
 /// A compile-time argument of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -79,6 +80,7 @@ struct Call<'a> {
     parameters: Vec<Option<Value<'a>>>,
     dims: Vec<(&'a str, usize)>,
     definitions: Vec<(&'a str, Value<'a>)>,
+    steps: Cell<u32>,
 }
 
 impl KernelEntry {
@@ -103,6 +105,7 @@ impl KernelEntry {
             parameters: self.arguments(parameters)?,
             dims: Vec::new(),
             definitions: Vec::new(),
+            steps: Cell::new(MAX_STEPS),
         };
         for (input, given) in self.inputs.iter().zip(&call.tensors) {
             if given.is_some_and(|given| given.shape.contains(&0)) {
@@ -195,6 +198,10 @@ impl<'a> Scope<'a> for Call<'a> {
         }
         let parameter = self.entry.parameters.iter().zip(&self.parameters).find(|(p, _)| p.name == name);
         parameter.and_then(|(_, value)| *value).ok_or(Problem::Undefined(name))
+    }
+
+    fn steps(&self) -> &Cell<u32> {
+        &self.steps
     }
 
     fn shape(&self, name: &str) -> Option<&[usize]> {

@@ -166,20 +166,21 @@ impl fmt::Display for Problem<'_> {
 pub(super) trait Scope<'a> {
     /// Value of a dimension, parameter, definition or of `target`.
     fn value(&self, name: &'a str) -> Worth<'a, Value<'a>>;
+    /// The steps that the call has left.
+    fn steps(&self) -> &Cell<u32>;
     /// The extents of a tensor, if it is given.
     fn shape(&self, name: &str) -> Option<&[usize]>;
     /// The answer of a tensor.
     fn query(&self, query: Query, name: &'a str, evaluator: &Evaluator<'_, 'a>) -> Worth<'a, Value<'a>>;
 }
 
-/// Evaluates the expressions of one call; bounded in all.
+/// Evaluates the expressions of a call.
 pub(super) struct Evaluator<'s, 'a> {
     scope: &'s dyn Scope<'a>,
-    steps: Cell<u32>,
 }
 
-/// Steps of one evaluator: far above what the kernels' constraints take.
-const MAX_STEPS: u32 = 1 << 20;
+/// Steps of all expressions of a call: far above what the kernels' constraints take.
+pub(super) const MAX_STEPS: u32 = 1 << 20;
 /// Values that a search goes through.
 const MAX_SEARCH: i128 = 4096;
 
@@ -188,7 +189,7 @@ pub(super) type Worth<'a, T> = Result<T, Problem<'a>>;
 
 impl<'s, 'a> Evaluator<'s, 'a> {
     pub(super) fn new(scope: &'s dyn Scope<'a>) -> Self {
-        Evaluator { scope, steps: Cell::new(MAX_STEPS) }
+        Evaluator { scope }
     }
 
     /// The value of `e`.
@@ -207,7 +208,8 @@ impl<'s, 'a> Evaluator<'s, 'a> {
     }
 
     fn with(&self, e: &'a Expression, locals: &[(&'a str, i128)]) -> Worth<'a, Value<'a>> {
-        self.steps.set(self.steps.get().checked_sub(1).ok_or(Problem::Long)?);
+        let steps = self.scope.steps();
+        steps.set(steps.get().checked_sub(1).ok_or(Problem::Long)?);
         let of = |e| self.with(e, locals);
         match e {
             Expression::Int(number) => Ok(Value::Int(*number)),
