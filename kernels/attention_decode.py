@@ -210,12 +210,15 @@ def attention_decode(
     q, k_cache, v_cache, block_table, context_lens, sinks=None, k_scale=None, v_scale=None, sm_scale=1.0, window=0
 ):
     """See the module's docstring; constraints are those of manifest.toml."""
+    version = nisa.get_nc_version()
+    assert version == nisa.nc_version.gen3 or version == nisa.nc_version.gen4, "target: need trn2 or trn3"
+    assert len(q.shape) == 3, f"q shape: got {q.shape}, need [B, HQ, D]"
+    assert len(k_cache.shape) == 4, f"k_cache shape: got {k_cache.shape}, need [N, S, HKV, D]"
+    assert len(block_table.shape) == 2, f"block_table shape: got {block_table.shape}, need [B, M]"
     batch, hq, d = q.shape
     num_pages, page_size, hkv, d_k = k_cache.shape
     max_pages = block_table.shape[1]
     fp8 = is_fp8(k_cache.dtype)
-    version = nisa.get_nc_version()
-    assert version == nisa.nc_version.gen3 or version == nisa.nc_version.gen4, "target: need trn2 or trn3"
     assert q.dtype == nl.bfloat16, f"q dtype: got {q.dtype}, need bfloat16"
     assert fp8 or k_cache.dtype == nl.bfloat16, f"k_cache dtype: got {k_cache.dtype}, need bfloat16 or an FP8 type"
     assert k_cache.dtype != nl.float8_e4m3fn or version == nisa.nc_version.gen4, "k_cache dtype: float8_e4m3fn needs trn3"

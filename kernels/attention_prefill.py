@@ -140,10 +140,12 @@ def attention_prefill(
     q, k, v, k_prior=None, v_prior=None, prior_len=None, sinks=None, sm_scale=1.0, causal=True, window=0
 ):
     """See the module's docstring; constraints are those of manifest.toml."""
-    batch, sq, hq, d = q.shape
-    sk, hkv = k.shape[1], k.shape[2]
     version = nisa.get_nc_version()
     assert version == nisa.nc_version.gen3 or version == nisa.nc_version.gen4, "target: need trn2 or trn3"
+    assert len(q.shape) == 4, f"q shape: got {q.shape}, need [B, SQ, HQ, D]"
+    assert len(k.shape) == 4, f"k shape: got {k.shape}, need [B, SK, HKV, D]"
+    batch, sq, hq, d = q.shape
+    sk, hkv = k.shape[1], k.shape[2]
     assert q.dtype == nl.bfloat16, f"q dtype: got {q.dtype}, need bfloat16"
     assert k.dtype == nl.bfloat16, f"k dtype: got {k.dtype}, need bfloat16"
     assert v.dtype == nl.bfloat16, f"v dtype: got {v.dtype}, need bfloat16"
@@ -160,6 +162,7 @@ def attention_prefill(
     sp = 0
     if k_prior != None:  # noqa: E711
         assert v_prior != None and prior_len != None, "prior: k_prior, v_prior and prior_len go together"  # noqa: E711
+        assert len(k_prior.shape) == 4, f"prior: got k_prior {k_prior.shape}, need [B, SP, HKV, D]"
         sp = k_prior.shape[1]
         assert k_prior.dtype == nl.bfloat16 and v_prior.dtype == nl.bfloat16, "prior: need bfloat16 keys and values"
         assert k_prior.shape == (batch, sp, hkv, d), f"prior: got k_prior {k_prior.shape}, need ({batch}, SP, {hkv}, {d})"

@@ -128,6 +128,24 @@ pub enum Error {
         /// Where and why.
         problem: String,
     },
+    /// A device kernel does not serve this call: a constraint of its manifest entry does not hold.
+    Constraint {
+        /// The kernel.
+        kernel: String,
+        /// The constraint.
+        constraint: String,
+        /// What the constraint is about, as it is in the call.
+        got: String,
+        /// What is needed: the constraint's text.
+        needed: String,
+    },
+    /// A kernel manifest is not what it must be.
+    Manifest {
+        /// The kernel and the part of its entry.
+        at: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// The operating system refused.
     Io {
         /// The path.
@@ -180,6 +198,10 @@ impl fmt::Display for Error {
             Error::OutOfPages { needed, free } => write!(f, "kv pool: {needed} pages needed, {free} free"),
             Error::Checkpoint { at, problem } => write!(f, "{at}: {problem}"),
             Error::Program { problem } => write!(f, "{problem}"),
+            Error::Constraint { kernel, constraint, got, needed } => {
+                write!(f, "{constraint}: got {got}, needed {needed} ({kernel})")
+            }
+            Error::Manifest { at, problem } => write!(f, "{at}: {problem}"),
             Error::Io { path, message, .. } => write!(f, "{path}: {message}"),
         }
     }

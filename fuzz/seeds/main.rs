@@ -54,6 +54,27 @@ fn main() -> io::Result<()> {
     // Page size of the pool; then indptr, indices and last_page_len, or a block table and lengths; then what is appended.
     write(&corpus, "page_table", "flashinfer", [1, 0, 3, 0, 2, 3, 3, 0, 3, 6, 2, 1, 4, 3, 0, 1, 3])?;
     write(&corpus, "page_table", "vllm", [1, 1, 4, 0, 3, 6, 7, 2, 5, 8, 2, 3, 0, 1, 2])?;
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels");
+    // Programs as they are; the first byte says so (others take a program and edit it).
+    for entry in fs::read_dir(kernels.join("programs"))? {
+        let path = entry?.path();
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if path.extension().is_some_and(|e| e == "json") {
+            write(&corpus, "program", &name, fs::read(path)?)?;
+        }
+    }
+    for (i, edits) in [&[][..], &[3, 0, 40, 1, 0], &[9, 1, 0, 2, 7, 200, 2, 30, 5]].into_iter().enumerate() {
+        write(&corpus, "program", &format!("edits-{i}"), [&[i as u8], edits].concat())?;
+    }
+    // An entry of the manifest with a call, and a check alone.
+    let manifest = fs::read_to_string(kernels.join("manifest.toml"))?;
+    for (i, entry) in manifest.split("[[kernel]]").skip(1).enumerate() {
+        let call = [0, 1, 8, 128, 2, 64, 8, 1, 1, 64, 0, 0, 4, 16, 2, 64];
+        write(&corpus, "manifest", &format!("entry-{i}"), [b"[[kernel]]", entry.as_bytes(), &call].concat())?;
+        for (j, check) in entry.split("check = \"").skip(1).filter_map(|c| c.split('"').next()).enumerate() {
+            write(&corpus, "manifest", &format!("check-{i}-{j}"), format!("!{check}"))?;
+        }
+    }
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-gpt-oss");
     for (name, path) in [("hugging-face", "config.json"), ("original", "original/config.json")] {
         write(&corpus, "gpt_oss_config", name, fs::read(models.join(path))?)?;

@@ -8,9 +8,15 @@
 pub mod chip;
 #[cfg(feature = "emulator")]
 pub mod cost;
+mod dtype;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod layout;
+#[cfg(feature = "manifest")]
+pub mod manifest;
 pub mod roofline;
+mod target;
 
 pub use chip::{Chip, MatmulMode};
+pub use dtype::Dtype;
+pub use target::Target;

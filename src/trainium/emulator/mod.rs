@@ -42,8 +42,8 @@ mod program;
 mod rules;
 mod rules_rare;
 
-pub use dtype::Dtype;
+pub use crate::trainium::{Dtype, Target};
 pub use fault::{Fault, Result, Rule};
 pub use load::Limits;
 pub use machine::Options;
-pub use program::{Access, Buffer, Dynamic, Engine, Instruction, Operand, Port, Program, Source, Target, Tensor};
+pub use program::{Access, Buffer, Dynamic, Engine, Instruction, Operand, Port, Program, Source, Tensor};
