@@ -53,7 +53,7 @@ EXAMPLES = KERNELS / "examples"
 SHORTEST_RUN = 8
 # What `bf16` and `f32` are in a shape.
 FLOATS = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
-# Kernel, target and shape whose engine shares tests/trnk_cost.rs pins: compute bound, and bound by DMA.
+# Kernel, target and shape whose engine shares tests/emulator_cost.rs pins: compute bound, and bound by DMA.
 LARGE = (
     ("matmul_fp8", "trn2", "m=2048,n=2048,k=2048"),
     ("matmul_fp8", "trn2", "m=4,n=4096,k=4096"),
