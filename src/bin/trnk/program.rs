@@ -80,7 +80,7 @@ fn trace(name: &str, dims: &Dims, target: Target, folder: &Path, python: &Path) 
     let spinner = ProgressBar::new_spinner().with_style(ProgressStyle::default_spinner());
     spinner.set_message(format!("tracing {name} on the simulator ({})", script.display()));
     spinner.enable_steady_tick(Duration::from_millis(100));
-    let shape = shape::text(dims);
+    let shape = shape::text(name, dims)?;
     let ran = Command::new(python)
         .arg(&script)
         .args(["--kernel", name, "--shape", &shape, "--target", target.name()])

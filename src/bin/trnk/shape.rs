@@ -103,9 +103,17 @@ pub(crate) fn parse(name: &str, shape: &str) -> Result<Dims, Failure> {
     Ok(dims)
 }
 
-/// The shape as text for `kernels/trace.py`, every dimension written out.
-pub(crate) fn text(dims: &Dims) -> String {
-    dims.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+/// The shape as text for `kernels/trace.py`: what is needed, then what differs from the defaults.
+pub(crate) fn text(name: &str, dims: &Dims) -> Result<String, Failure> {
+    let known = kernel(name)?;
+    let needed = known.needed.keys().map(|key| (key, None));
+    let extents = known.extents.iter().map(|(key, value)| (key, Some(value.to_string())));
+    let choices = known.choices.iter().map(|(key, value)| (key, words(value).into_iter().next()));
+    let said = needed.chain(extents).chain(choices).filter_map(|(key, default)| {
+        let value = dims.get(key)?;
+        (default.as_ref() != Some(value)).then(|| format!("{key}={value}"))
+    });
+    Ok(said.collect::<Vec<_>>().join(","))
 }
 
 /// Every kernel with what its shape may say, for `--help`.
