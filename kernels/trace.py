@@ -3,7 +3,7 @@
     python kernels/trace.py --all            # every example of kernels/examples, written to kernels/programs
     python kernels/trace.py matmul_fp8       # those of one kernel
     python kernels/trace.py --all --check    # write nothing; exit 1 if a checked-in file is not what would be written
-    python kernels/trace.py --large DIR      # programs of large shapes for the cost model, without data, written to DIR
+    python kernels/trace.py --kernel matmul_mx --shape m=2048,n=2048,k=2048 --target trn3   # any shape, to standard output
 
 For every example two files are written:
 
@@ -13,6 +13,11 @@ For every example two files are written:
 * `programs/KERNEL.EXAMPLE.safetensors`, one set of inputs (`in.NAME`) and the simulator's outputs (`out.NAME`, and
   `out.NAME@ocp` under the other documented block scale of `quantize_mx`), as bytes. Where an executor may sum in another
   order, `bound.NAME` (float64, element by element) says how far from that output it may be; without it, not at all.
+
+For every shape of LARGE one file is written, `programs/large/KERNEL.TARGET.SHAPE.json`: a program without data, for the cost
+model. `--kernel` prints such a program (or writes it, with `--out DIR`). What a shape of a kernel may say is in
+`kernels/shapes.toml`. It exits with 2 if the shape says something else, and with 3 if the kernel refuses it; the last line
+on standard error says why.
 
 An operand is `[tensor, dtype, offset, [[stride, count], ...]]` in elements of dtype over the tensor's flat storage,
 outermost axis first, and a fifth element if part of the address is known at run time only. The same input gives the
@@ -30,8 +35,10 @@ import hashlib
 import importlib
 import json
 import sys
+import tomllib
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 KERNELS = Path(__file__).resolve().parent
@@ -44,10 +51,29 @@ PROGRAMS = KERNELS / "programs"
 EXAMPLES = KERNELS / "examples"
 # A run of at least this many equal elements of a constant is written once with its length.
 SHORTEST_RUN = 8
+# What `bf16` and `f32` are in a shape.
+FLOATS = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
+# Kernel, target and shape whose engine shares tests/emulator_cost.rs pins: compute bound, and bound by DMA.
+LARGE = (
+    ("matmul_fp8", "trn2", "m=2048,n=2048,k=2048"),
+    ("matmul_fp8", "trn2", "m=4,n=4096,k=4096"),
+    ("matmul_mx", "trn3", "m=2048,n=2048,k=2048"),
+    ("matmul_mx", "trn3", "m=4,n=4096,k=4096"),
+    ("matmul_mx", "trn3", "m=4,n=14336,k=4096"),
+    ("attention_decode", "trn2", "b=4,hq=64,hkv=8,d=64,m=256"),
+)
 
 
 class TraceError(Exception):
     """A kernel cannot be exported."""
+
+
+class ShapeError(TraceError):
+    """A shape does not say what its kernel needs."""
+
+
+class Refused(TraceError):
+    """A kernel does not serve a shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +201,8 @@ class Numbering:
         return value
 
 
-def program(example: Example) -> tuple[dict, dict[str, np.ndarray]]:
-    """The program of an example, and its data by name."""
+def program(example: Example, with_data: bool = True) -> tuple[dict, dict[str, np.ndarray]]:
+    """The program of an example, and its data by name (nothing unless `with_data`)."""
     report, tensors, outputs, after = simulate(example, "neuron")
     core = report.cores[0]
     if getattr(core, "data_dependent", False):
@@ -202,6 +228,8 @@ def program(example: Example) -> tuple[dict, dict[str, np.ndarray]]:
         "tensors": table,
         "instructions": instructions,
     }
+    if not with_data:
+        return made, {}
     by_rule = {"": _results(outputs, ports_out, after)}
     if any(i.name == "quantize_mx" for i in core.instructions):
         _, _, outputs, after = simulate(example, "ocp")
@@ -332,16 +360,101 @@ def examples(only: list[str] | None = None) -> list[Example]:
     return found
 
 
-def write_large(folder: Path) -> None:
-    """The programs that modules of kernels/examples offer for the cost model."""
+def checked_in() -> dict[str, Path]:
+    """Files below kernels/programs, by their path from there."""
+    found = (p for p in PROGRAMS.rglob("*") if p.suffix in (".json", ".safetensors"))
+    return {p.relative_to(PROGRAMS).as_posix(): p for p in found}
+
+
+# -- shapes -------------------------------------------------------------------------------------------------------------
+
+
+def dimensions(kernel: str, shape: str) -> dict[str, int | str]:
+    """What a shape such as `m=4,n=96,k=64,out=f32` says, with the defaults of kernels/shapes.toml."""
+    kernels = tomllib.loads((KERNELS / "shapes.toml").read_text())
+    if kernel not in kernels:
+        raise ShapeError(f"no kernel called {kernel!r}; there are {', '.join(kernels)}")
+    known = kernels[kernel]
+    dims = dict(known["extents"]) | {name: values[0] for name, values in known["choices"].items()}
+    given = set()
+    for part in filter(None, shape.split(",")):
+        name, _, value = part.partition("=")
+        if name in given:
+            raise ShapeError(f"{name} is given twice")
+        given.add(name)
+        if name in known["choices"]:
+            if value not in known["choices"][name]:
+                raise ShapeError(f"{name}: got {value!r}, need {' or '.join(known['choices'][name])}")
+            dims[name] = value
+        elif name in known["needed"] or name in known["extents"]:
+            if not (value.isascii() and value.isdigit()):
+                raise ShapeError(f"{name}: got {value!r}, need a number")
+            dims[name] = int(value)
+            if dims[name] == 0 and name in known["needed"]:
+                raise ShapeError(f"{name}: got 0, need at least 1")
+        else:
+            names = [*known["needed"], *known["extents"], *known["choices"]]
+            raise ShapeError(f"{kernel} has no dimension {name!r}; it has {', '.join(names)}")
+    missing = [name for name in known["needed"] if name not in dims]
+    if missing:
+        raise ShapeError(f"{kernel} needs {', '.join(missing)}")
+    return dims
+
+
+def of_shape(kernel: str, target: str, shape: str) -> Example:
+    """The example that `--kernel` exports; its name is the shape."""
+    dims = dimensions(kernel, shape)
+    manifest = tomllib.loads((KERNELS / "manifest.toml").read_text())["kernel"]
+    entry = next(k for k in manifest if k["name"] == kernel)
+    module = importlib.import_module(f"examples.{entry['file'].removesuffix('.py')}")
+    try:
+        args = module.shaped(kernel, target, dims)
+    except (MemoryError, ValueError, OverflowError) as error:  # what numpy says of sizes beyond memory, or beyond its index
+        raise Refused(f"too large to make here: {error}") from error
+    return Example(shape, target, entry["file"], entry["entry"], args)
+
+
+def shaped_program(kernel: str, target: str, shape: str) -> tuple[str, bytes]:
+    """File name and text of the program of a shape."""
+    from nkisim.errors import NkiValidationError
+
+    try:
+        made, _ = program(of_shape(kernel, target, shape), with_data=False)
+    except AssertionError as error:
+        raise Refused(str(error)) from error
+    except NkiValidationError as error:
+        raise Refused(str(error.reason)) from error
+    except MemoryError as error:
+        raise Refused(f"too large to run here: {error}") from error
+    return f"{kernel}.{target}.{shape}.json", as_json(made).encode()
+
+
+def large(only: list[str] | None = None) -> dict[str, bytes]:
+    """The programs of LARGE (of these kernels alone), by path below kernels/programs."""
     backend.backend("sim")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(EXAMPLES.glob("*.py")):
-        module = importlib.import_module(f"examples.{path.stem}")
-        for example in module.large() if hasattr(module, "large") else []:
-            made, _ = program(example)
-            (folder / f"{example.stem}.json").write_text(as_json(made))
-            print(f"{example.stem}: {len(made['instructions'])} instructions", file=sys.stderr)
+    made = {}
+    for kernel, target, shape in LARGE:
+        if not only or kernel in only:
+            name, text = shaped_program(kernel, target, shape)
+            print(f"{name}: {len(text)} bytes of program", file=sys.stderr)
+            made[f"large/{name}"] = text
+    return made
+
+
+def export_shape(kernel: str, target: str, shape: str, folder: Path | None) -> int:
+    """`--kernel`: the program of a shape, to a file in `folder` or to standard output."""
+    backend.backend("sim")
+    try:
+        name, text = shaped_program(kernel, target, shape)
+    except (ShapeError, Refused) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ShapeError) else 3
+    if folder is None:
+        sys.stdout.buffer.write(text)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -350,19 +463,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("kernel", nargs="*", help="modules of kernels/examples")
     parser.add_argument("--all", action="store_true", help="every example; files of examples that are gone are removed")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a file would change")
-    parser.add_argument("--large", type=Path, metavar="DIR", help="write programs of large shapes, without data, to DIR")
+    parser.add_argument("--kernel", dest="shaped", metavar="KERNEL", help="the program of one shape of this kernel")
+    parser.add_argument("--shape", help="with --kernel: m=2048,n=2048,k=2048 (kernels/shapes.toml)")
+    parser.add_argument("--target", choices=("trn1", "trn2", "trn3"), default="trn3", help="with --kernel; trn3 if not given")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with --kernel: write to DIR, not to standard output")
     options = parser.parse_args(argv)
-    if sum((bool(options.kernel), options.all, options.large is not None)) != 1:
-        parser.error("name kernels, or --all, or --large DIR")
-    if options.large is not None:
-        write_large(options.large)
-        return 0
+    if sum((bool(options.kernel), options.all, options.shaped is not None)) != 1:
+        parser.error("name kernels, or --all, or --kernel KERNEL --shape SHAPE")
+    if options.shaped is not None:
+        return export_shape(options.shaped, options.target, options.shape or "", options.out)
     made: dict[str, bytes] = {}
     for example in examples(options.kernel):
         made |= files(example)
         print(f"{example.stem}: {len(made[example.stem + '.json'])} bytes of program", file=sys.stderr)
-    PROGRAMS.mkdir(exist_ok=True)
-    there = {p.name: p for p in PROGRAMS.iterdir() if p.suffix in (".json", ".safetensors")}
+    made |= large(options.kernel)
+    (PROGRAMS / "large").mkdir(parents=True, exist_ok=True)
+    there = checked_in()
     stale = [n for n, text in made.items() if n not in there or not current(n, there[n].read_bytes(), text)]
     gone = sorted(set(there) - set(made)) if options.all else []
     if options.check:

@@ -3,7 +3,7 @@
 #[path = "support/programs.rs"]
 mod programs;
 
-use programs::{all, kernels, values};
+use programs::{all, kernels, large, values};
 use sha2::{Digest, Sha256};
 use trn_kernels::quant::ScaleRule;
 use trn_kernels::trainium::emulator::Options;
@@ -44,12 +44,12 @@ fn every_program_gives_the_simulators_outputs() {
 
 #[test]
 fn no_program_is_older_than_its_kernel() {
-    for checked in all() {
-        assert!(!checked.program.sources().is_empty(), "{}: no sources", checked.name);
-        for (file, sha256) in checked.program.sources() {
-            let text = std::fs::read(kernels().join(file)).unwrap_or_else(|e| panic!("{}: {file}: {e}", checked.name));
+    for (name, program) in all().into_iter().map(|c| (c.name, c.program)).chain(large()) {
+        assert!(!program.sources().is_empty(), "{name}: no sources");
+        for (file, sha256) in program.sources() {
+            let text = std::fs::read(kernels().join(file)).unwrap_or_else(|e| panic!("{name}: {file}: {e}"));
             let now: String = Sha256::digest(&text).iter().map(|b| format!("{b:02x}")).collect();
-            assert_eq!(&now, sha256, "{}: {file} has changed; run `python kernels/trace.py --all`", checked.name);
+            assert_eq!(&now, sha256, "{name}: {file} has changed; run `python kernels/trace.py --all`");
         }
     }
 }

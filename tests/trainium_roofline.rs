@@ -5,7 +5,7 @@ use trn_kernels::kv::KvFormat;
 use trn_kernels::num::Fp8;
 use trn_kernels::quant::Scheme;
 use trn_kernels::trainium::chip::TensorEngine;
-use trn_kernels::trainium::roofline::{Bound, DecodeProblem, MatmulProblem, Roofline};
+use trn_kernels::trainium::roofline::{Bound, DecodeProblem, ExpertsProblem, MatmulProblem, PrefillProblem, Roofline};
 use trn_kernels::trainium::{Chip, MatmulMode};
 
 /// Within half a unit of the last digit that a document prints.
@@ -157,4 +157,52 @@ fn it_calls_itself_a_model() {
     let text = line.to_string();
     assert!(text.starts_with("model, not a measurement: bound by memory, 8.367e-6 s\n"), "{text}");
     assert!(text.contains("100.0 % of bandwidth in use"), "{text}");
+}
+
+/// Pairs counted one by one.
+#[test]
+fn prefill_counts_what_a_query_sees() {
+    let base = PrefillProblem {
+        sequences: 3,
+        queries: 13,
+        keys: 13,
+        prior: 0,
+        num_qo_heads: 8,
+        num_kv_heads: 2,
+        head_dim: 64,
+        causal: true,
+        window: 0,
+    };
+    for prior in [0, 1, 7, 30] {
+        for (causal, window) in [(false, 0), (true, 0), (true, 1), (true, 5), (true, 14), (true, 20), (true, 1000)] {
+            let problem = PrefillProblem { prior, causal, window, ..base };
+            let sees = |q: usize, k: usize| {
+                let position = prior + q;
+                !causal || (k <= position && (window == 0 || k + window > position))
+            };
+            let keys = prior + base.keys;
+            let pairs =
+                (0..base.queries).flat_map(|q| (0..keys).map(move |k| (q, k))).filter(|&(q, k)| sees(q, k)).count();
+            let read = (0..keys).filter(|&k| (0..base.queries).any(|q| sees(q, k))).count();
+            let got = problem.on(&Chip::trn2()).unwrap();
+            assert_eq!(got.flops, (3 * pairs * 8 * 64 * 4) as f64, "{problem:?}");
+            assert_eq!(got.bytes, (3 * (2 * 13 * 8 * 64 * 2 + 2 * read * 2 * 64 * 2)) as f64, "{problem:?}");
+        }
+    }
+    for empty in [PrefillProblem { keys: 0, ..base }, PrefillProblem { head_dim: 0, ..base }] {
+        assert!(matches!(empty.on(&Chip::trn2()), Err(Error::Empty { .. })));
+    }
+}
+
+/// gpt-oss-20b's experts: 32 tokens of one expert each read 32 experts' weights.
+#[test]
+fn experts_read_their_weights_once() {
+    let problem = ExpertsProblem { rows: 32, experts: 32, hidden: 2880, intermediate: 2880, weights: Scheme::Mxfp4 };
+    let got = problem.on(&Chip::trn3()).unwrap();
+    let weights = 3 * 2880 * 2880;
+    assert_eq!((got.mode, got.bound()), (MatmulMode::Mx, Bound::Memory));
+    assert_eq!(got.flops, (2 * 32 * weights) as f64);
+    assert_eq!(got.bytes, (32 * (weights / 2 + weights / 32) + 2 * 32 * 2880 * 2) as f64);
+    let none = ExpertsProblem { experts: 0, ..problem };
+    assert!(matches!(none.on(&Chip::trn3()), Err(Error::Empty { axis: "experts", .. })));
 }

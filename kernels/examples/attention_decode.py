@@ -12,6 +12,7 @@ from attention_bounds import bound  # noqa: E402
 from attention_decode_ref import attention_decode_parts  # noqa: E402
 
 BF16 = ml_dtypes.bfloat16
+CACHES = {"bf16": BF16} | {f"e{name}": getattr(ml_dtypes, f"float8_e{name}") for name in ("4m3", "4m3fn", "5m2")}
 # name: target, cache dtype, HQ, HKV, D, page_size, max_pages, context_lens, sinks, window
 CASES = {
     "bf16": ("trn2", BF16, 8, 2, 64, 16, 9, (140, 33), True, 0),
@@ -19,18 +20,11 @@ CASES = {
     "fp8_ieee": ("trn2", ml_dtypes.float8_e4m3, 8, 4, 64, 16, 9, (144, 17), True, 0),
     "fp8_fn": ("trn3", ml_dtypes.float8_e4m3fn, 8, 4, 64, 16, 9, (130, 20), False, 64),
 }
-# A shape for the cost model only: bound by the cache.
-LARGE = {"large": ("trn2", BF16, 64, 8, 64, 16, 256, (4096,) * 4, True, 0)}
 
 
 def examples() -> list[Example]:
     """One for each case."""
     return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
-
-
-def large() -> list[Example]:
-    """Those of LARGE."""
-    return [_example(name, case, 0) for name, case in LARGE.items()]
 
 
 def _example(name: str, case: tuple, seed: int) -> Example:
@@ -57,3 +51,22 @@ def _example(name: str, case: tuple, seed: int) -> Example:
     # Each executor is within the kernel's own bound of the exact result, so two of them are within twice that.
     apart = 2.0 * bound(out, spread, reach, args["sinks"], d, pages * page, tiles=1 + pages * page // 128)
     return Example(name, target, "attention_decode.py", "attention_decode", args, (apart,))
+
+
+def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
+    """Arguments of a shape, zeros: what is computed on does not change the program. Every page of a sequence is full."""
+    batch, hq, hkv, d, pages, page = (dims[name] for name in ("b", "hq", "hkv", "d", "m", "s"))
+    dtype = CACHES[dims["cache"]]
+    one = None if dtype == BF16 else np.ones(1, np.float32)
+    return {
+        "q": np.zeros((batch, hq, d), BF16),
+        "k_cache": np.zeros((batch * pages, page, hkv, d), dtype),
+        "v_cache": np.zeros((batch * pages, page, hkv, d), dtype),
+        "block_table": np.arange(batch * pages, dtype=np.int32).reshape(batch, pages),
+        "context_lens": np.full(batch, pages * page, np.int32),
+        "sinks": np.zeros(hq, np.float32) if dims["sinks"] == "yes" else None,
+        "sm_scale": float(np.float32(max(d, 1) ** -0.5)),
+        "window": dims["w"],
+        "k_scale": one,
+        "v_scale": one,
+    }

@@ -47,3 +47,22 @@ def _example(name: str, case: tuple, seed: int) -> Example:
     # Each executor is within the kernel's own bound of the exact result, so two of them are within twice that.
     apart = 2.0 * bound(out, spread, reach, args["sinks"], d, sk + sp, tiles=2 + (sk + sp) // 128)
     return Example(name, target, "attention_prefill.py", "attention_prefill", args, (apart,))
+
+
+def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
+    """Arguments of a shape, zeros: what is computed on does not change the program. Every prior slot is in use."""
+    batch, queries, hq, hkv, d, prior = (dims[name] for name in ("b", "sq", "hq", "hkv", "d", "sp"))
+    zeros = lambda s, heads: np.zeros((batch, s, heads, d), BF16)  # noqa: E731
+    keys = dims["sk"] or queries
+    args = {
+        "q": zeros(queries, hq),
+        "k": zeros(keys, hkv),
+        "v": zeros(keys, hkv),
+        "sinks": np.zeros(hq, np.float32) if dims["sinks"] == "yes" else None,
+        "sm_scale": float(np.float32(max(d, 1) ** -0.5)),
+        "causal": dims["causal"] == "yes",
+        "window": dims["w"],
+    }
+    if prior:
+        args |= {"k_prior": zeros(prior, hkv), "v_prior": zeros(prior, hkv), "prior_len": np.full(batch, prior, np.int32)}
+    return args

@@ -47,3 +47,29 @@ def _example(name: str, case: tuple, seed: int) -> Example:
     # Each executor is within the kernel's own bound of the exact result under either rule of the block scale.
     apart = np.maximum(ref.bound(**args, rule="neuron"), ref.bound(**args, rule="ocp"))
     return Example(name, "trn3", "grouped_matmul_mx.py", "grouped_matmul_mx", args, (2.0 * apart,))
+
+
+def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
+    """Arguments of a shape, zeros: what is computed on does not change the program. Block b belongs to expert b mod E."""
+    blocks, rows, hidden, inter, experts = (dims[name] for name in ("b", "r", "h", "i", "e"))
+    h_tiles, i_tiles, columns = -(-hidden // 512), -(-inter // 512), -(-hidden // 32) * 32
+    word = np.uint16 if dims["w_element"] == "e2m1" else np.uint32
+    scales = lambda tiles, c: np.zeros((experts, 64, -(-tiles // 4), c), np.uint8)  # noqa: E731
+    slots = np.arange(blocks * rows, dtype=np.int32).reshape(blocks, rows)
+    return {
+        "x": np.zeros((blocks * rows, hidden), BF16),
+        "take": slots,
+        "put": slots.copy(),
+        "block_expert": (np.arange(blocks, dtype=np.int32) % max(experts, 1)).reshape(1, blocks),
+        "w_gate_up": np.zeros((experts, 128, h_tiles, 1024 * i_tiles), word),
+        "s_gate_up": scales(h_tiles, 1024 * i_tiles),
+        "b_gate_up": np.zeros((experts, 8 * i_tiles, 128), np.float32),
+        "w_down": np.zeros((experts, 128, i_tiles, columns), word),
+        "s_down": scales(i_tiles, columns),
+        "b_down": np.zeros((experts, columns), BF16),
+        "rows_out": blocks * rows,
+        "intermediate": inter,
+        "w_element": dims["w_element"],
+        "limit": 7.0,
+        "out": dims["out"],
+    }

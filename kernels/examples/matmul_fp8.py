@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import matmul_fp8_ref as ref
-from trace import Example
+from trace import FLOATS, Example
 
 # name: target, M, K, N, x and w element, scales, bias, activation, out, integer-valued
 CASES = {
@@ -11,21 +11,11 @@ CASES = {
     "channel": ("trn2", 5, 300, 96, "e5m2", "e4m3", "channel", np.float32, "silu", "bf16", False),
     "blocks": ("trn3", 33, 256, 160, "e4m3fn", "e4m3fn", "blocks", ml_dtypes.bfloat16, "none", "f32", False),
 }
-# Shapes for the cost model only: compute bound, and bound by the weights.
-LARGE = {
-    "large": ("trn2", 2048, 2048, 2048, "e4m3", "e4m3", "channel", None, "none", "bf16", False),
-    "large_decode": ("trn2", 4, 4096, 4096, "e4m3", "e4m3", "channel", None, "none", "bf16", False),
-}
 
 
 def examples() -> list[Example]:
     """One for each case."""
     return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
-
-
-def large() -> list[Example]:
-    """Those of LARGE."""
-    return [_example(name, case, 0) for name, case in LARGE.items()]
 
 
 def _example(name: str, case: tuple, seed: int) -> Example:
@@ -60,3 +50,24 @@ def _example(name: str, case: tuple, seed: int) -> Example:
     # Each executor is within the kernel's own bound of the exact result. Small integers and powers of two are exact.
     bounds = () if exact else (2.0 * ref.bound(**args),)
     return Example(name, target, "matmul_fp8.py", "matmul_fp8", args, bounds)
+
+
+def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
+    """Arguments of a shape, zeros: what is computed on does not change the program."""
+    m, n, k, scales = dims["m"], dims["n"], dims["k"], dims["scales"]
+    halves, columns = -(-k // 128), -(-n // 32) * 32
+    x_shape, w_shape = {
+        "tensor": ((1, 1), (1, 1)),
+        "channel": ((m, 1), (1, columns)),
+        "blocks": ((m, halves), (-(-n // 128), halves)),
+    }[scales]
+    return {
+        "x": np.zeros((m, k), np.uint8),
+        "w": np.zeros((128, halves, columns), np.uint8),
+        "x_scale": np.ones(x_shape, np.float32),
+        "w_scale": np.ones(w_shape, np.float32),
+        "bias": None if dims["bias"] == "none" else np.zeros((1, columns), FLOATS[dims["bias"]]),
+        "n": n,
+        "blocks": scales == "blocks",
+        **{name: dims[name] for name in ("x_element", "w_element", "activation", "out")},
+    }

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import matmul_mx_ref as ref
 import mx_ref
-from trace import Example
+from trace import FLOATS, Example
 
 # name: M, K, N, w element, x element, x packed, bias, out
 CASES = {
@@ -13,21 +13,11 @@ CASES = {
     "mxfp8": (3, 1056, 40, "e4m3fn", "e4m3fn", False, None, "f32"),
     "packed": (8, 512, 64, "e5m2", "e2m1", True, np.float32, "f32"),
 }
-# Shapes for the cost model only: compute bound, and bound by the weights.
-LARGE = {
-    "large": (2048, 2048, 2048, "e2m1", "e4m3fn", False, None, "bf16"),
-    "large_decode": (4, 4096, 4096, "e2m1", "e4m3fn", False, None, "bf16"),
-}
 
 
 def examples() -> list[Example]:
     """One for each case."""
     return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
-
-
-def large() -> list[Example]:
-    """Those of LARGE."""
-    return [_example(name, case, 0) for name, case in LARGE.items()]
 
 
 def _example(name: str, case: tuple, seed: int) -> Example:
@@ -53,3 +43,21 @@ def _example(name: str, case: tuple, seed: int) -> Example:
     # Each executor is within the kernel's own bound of the exact result; the rule of the block scale changes both alike.
     apart = np.maximum(ref.bound(**args, rule="neuron"), ref.bound(**args, rule="ocp"))
     return Example(name, "trn3", "matmul_mx.py", "matmul_mx", args, (2.0 * apart,))
+
+
+def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
+    """Arguments of a shape, zeros: what is computed on does not change the program."""
+    m, n, k = dims["m"], dims["n"], dims["k"]
+    tiles, columns, rows = -(-k // 512), -(-n // 32) * 32, -(-m // 32) * 32
+    packed = dims["x"] == "packed"
+    word = lambda element: np.uint16 if element == "e2m1" else np.uint32  # noqa: E731
+    scales = lambda c: np.zeros((64, -(-tiles // 4), c), np.uint8)  # noqa: E731
+    x = np.zeros((128, tiles, rows), word(dims["x_element"])) if packed else np.zeros((m, k), ml_dtypes.bfloat16)
+    return {
+        "x": x,
+        "w": np.zeros((128, tiles, columns), word(dims["w_element"])),
+        "w_scale": scales(columns),
+        "x_scale": scales(rows) if packed else None,
+        "bias": None if dims["bias"] == "none" else np.zeros((1, columns), FLOATS[dims["bias"]]),
+        **{name: dims[name] for name in ("m", "n", "w_element", "x_element", "out")},
+    }

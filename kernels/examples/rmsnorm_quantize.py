@@ -6,7 +6,7 @@ whatever the order of the sum. gamma is integers.
 
 import ml_dtypes
 import numpy as np
-from trace import Example
+from trace import FLOATS, Example
 
 BF16 = ml_dtypes.bfloat16
 EPS = 2.0**-60
@@ -18,21 +18,11 @@ CASES = {
     "ragged": ("trn3", "rmsnorm_quantize_mx", 35, 64, "e4m3fn", BF16),
     "tiles": ("trn3", "rmsnorm_quantize_mx", 8, 4096, "e5m2", BF16),
 }
-# A shape for the cost model only.
-LARGE = {
-    "large": ("trn2", "rmsnorm_quantize_fp8", 1024, 4096, "e4m3", BF16),
-    "large_mx": ("trn3", "rmsnorm_quantize_mx", 1024, 4096, "e4m3fn", BF16),
-}
 
 
 def examples() -> list[Example]:
     """One for each case."""
     return [_example(name, case, i) for i, (name, case) in enumerate(CASES.items())]
-
-
-def large() -> list[Example]:
-    """Those of LARGE."""
-    return [_example(name, case, 0) for name, case in LARGE.items()]
 
 
 def _row(rng, k: int) -> np.ndarray:
@@ -49,3 +39,9 @@ def _example(name: str, case: tuple, seed: int) -> Example:
     gamma = rng.integers(-15, 16, (1, k)).astype(np.float32)
     args = {"x": x.astype(np.float32).astype(dtype), "gamma": gamma.astype(BF16), "eps": EPS, "element": element}
     return Example(name, target, "rmsnorm_quantize.py", entry, args, (None, None))
+
+
+def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
+    """Arguments of a shape, zeros: what is computed on does not change the program."""
+    x = np.zeros((dims["m"], dims["k"]), FLOATS[dims["x"]])
+    return {"x": x, "gamma": np.zeros((1, dims["k"]), BF16), "eps": EPS, "element": dims["element"]}

@@ -17,11 +17,11 @@ ALL = export.examples()
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, bytes]:
-    return {name: text for example in ALL for name, text in export.files(example).items()}
+    return {name: text for example in ALL for name, text in export.files(example).items()} | export.large()
 
 
 def test_checked_in_programs_are_current(made):
-    there = {p.name: p.read_bytes() for p in export.PROGRAMS.iterdir()}
+    there = {name: p.read_bytes() for name, p in export.checked_in().items()}
     assert sorted(there) == sorted(made), "run `python kernels/trace.py --all`"
     stale = [name for name, text in made.items() if not export.current(name, there[name], text)]
     assert not stale, f"run `python kernels/trace.py --all`: {stale}"
@@ -175,3 +175,81 @@ def test_part_of_a_tensor_is_no_output():
 def test_unknown_kernel_is_named():
     with pytest.raises(export.TraceError, match="nothing_of_the_kind"):
         export.examples(["nothing_of_the_kind"])
+
+
+# A small shape of every kernel, on a target that it serves.
+SHAPED = {
+    "matmul_fp8": ("trn2", "m=3,n=40,k=300,scales=blocks,bias=bf16,activation=silu"),
+    "matmul_mx": ("trn3", "m=3,n=40,k=64,x=packed,w_element=e5m2,bias=f32"),
+    "grouped_matmul_mx": ("trn3", "b=3,r=4,h=64,i=96,e=2"),
+    "attention_decode": ("trn3", "b=2,hq=8,hkv=2,d=64,m=8,cache=e4m3fn,w=40"),
+    "attention_prefill": ("trn2", "b=2,sq=40,hq=2,hkv=1,d=64,sp=130"),
+    "rmsnorm_quantize_fp8": ("trn2", "m=5,k=256,x=f32"),
+    "rmsnorm_quantize_mx": ("trn3", "m=5,k=256"),
+}
+
+
+@pytest.mark.parametrize("kernel", SHAPED)
+def test_a_shape_of_every_kernel(kernel):
+    target, shape = SHAPED[kernel]
+    name, text = export.shaped_program(kernel, target, shape)
+    made = json.loads(text)
+    assert name == f"{kernel}.{target}.{shape}.json"
+    assert (made["kernel"], made["example"], made["target"]) == (kernel, shape, target)
+    assert made["instructions"]
+
+
+def test_a_shape_gives_the_examples_program():
+    """Zeros or not: the instructions and tensors are those that an example of the same shape has."""
+    of_shape = json.loads(export.shaped_program("matmul_mx", "trn3", "m=5,n=70,k=320,out=f32")[1])
+    example = json.loads((export.PROGRAMS / "matmul_mx.mxfp4.json").read_text())
+    assert of_shape.keys() == example.keys()
+    assert {k for k in example if of_shape[k] != example[k]} == {"example"}
+
+
+def test_shapes_toml_has_every_kernel_of_the_manifest():
+    import tomllib
+
+    read = lambda name: tomllib.loads((harness.KERNELS / name).read_text())  # noqa: E731
+    assert set(read("shapes.toml")) == {k["name"] for k in read("manifest.toml")["kernel"]} == set(SHAPED)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "said"),
+    [
+        ("matmul", "m=1", "no kernel called 'matmul'; there are matmul_fp8"),
+        ("matmul_mx", "m=1,n=2", "matmul_mx needs k"),
+        ("matmul_mx", "m=1,n=2,k=x", "k: got 'x', need a number"),
+        ("matmul_mx", "m=1,n=2,k=-32", "k: got '-32', need a number"),
+        ("matmul_mx", "m=1,n=0,k=32", "n: got 0, need at least 1"),
+        ("matmul_mx", "m=1,n=2,k=32,k=64", "k is given twice"),
+        ("matmul_mx", "m=1,n=2,k=32,hq=4", "matmul_mx has no dimension 'hq'; it has m, n, k, w_element"),
+        ("matmul_mx", "m=1,n=2,k=32,out=f16", "out: got 'f16', need bf16 or f32"),
+    ],
+)
+def test_what_a_shape_may_not_say(kernel, shape, said, capsys):
+    assert export.main(["--kernel", kernel, "--shape", shape]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "said"),
+    [
+        ("trn3", "m=1,n=2,k=48", "K: got 48, need a multiple of 32"),
+        ("trn2", "m=1,n=2,k=64", "target: need trn3"),
+        ("trn3", "m=1000000000000,n=1000000,k=64", "too large to make here: "),
+    ],
+)
+def test_a_refused_shape_says_the_constraint(target, shape, said, capsys):
+    assert export.main(["--kernel", "matmul_mx", "--shape", shape, "--target", target]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(said)
+
+
+def test_a_shape_is_written_to_a_folder(tmp_path, capsys):
+    target, shape = SHAPED["matmul_mx"]
+    assert export.main(["--kernel", "matmul_mx", "--shape", shape, "--target", target, "--out", str(tmp_path)]) == 0
+    (written,) = tmp_path.iterdir()
+    assert written.read_bytes() == export.shaped_program("matmul_mx", target, shape)[1]
+    assert capsys.readouterr().out == ""

@@ -45,6 +45,7 @@ impl MatmulMode {
 
 /// TensorE.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "emulator", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct TensorEngine {
     /// Clock, Hz.
     pub clock: f64,
@@ -103,6 +104,7 @@ impl TensorEngine {
 
 /// VectorE, ScalarE or GpSimdE. Cycles are the engine's own.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "emulator", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct LaneEngine {
     /// Clock, Hz.
     pub clock: f64,
@@ -118,6 +120,7 @@ pub struct LaneEngine {
 
 /// The DMA engines that serve one core.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "emulator", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct Dma {
     /// Engines of a core.
     pub engines: usize,
@@ -146,6 +149,7 @@ impl Dma {
 /// assert!(guess.tensor.peak_flops(MatmulMode::Mx) > Chip::trn3().tensor.peak_flops(MatmulMode::Mx));
 /// ```
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "emulator", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct Chip {
     /// What to call it.
     pub name: Cow<'static, str>,

@@ -47,6 +47,45 @@ pub struct DecodeProblem {
     pub format: KvFormat,
 }
 
+/// Attention of a chunk of new tokens for each sequence, over the chunk and what came before it; everything in bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefillProblem {
+    /// Sequences.
+    pub sequences: usize,
+    /// New queries of a sequence.
+    pub queries: usize,
+    /// New keys of a sequence; as many as queries if causal.
+    pub keys: usize,
+    /// Keys of a sequence before the chunk.
+    pub prior: usize,
+    /// Query heads.
+    pub num_qo_heads: usize,
+    /// KV heads.
+    pub num_kv_heads: usize,
+    /// Elements of a key and of a value.
+    pub head_dim: usize,
+    /// Whether a query sees no later key.
+    pub causal: bool,
+    /// Keys that a query sees at most, itself included; 0 means all. Only with `causal`.
+    pub window: usize,
+}
+
+/// The experts' MLPs of a mixture-of-experts layer on sorted rows: gate and up, an activation, down. Rows are bf16 and
+/// quantized on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertsProblem {
+    /// Token-expert pairs.
+    pub rows: usize,
+    /// Experts that have rows: their weights are read.
+    pub experts: usize,
+    /// Hidden size.
+    pub hidden: usize,
+    /// Intermediate size.
+    pub intermediate: usize,
+    /// What the weights are.
+    pub weights: Scheme,
+}
+
 /// Which of the two takes longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Bound {
@@ -112,7 +151,11 @@ impl Roofline {
         self.memory_seconds() / self.seconds()
     }
 
-    fn new(chip: &Chip, mode: MatmulMode, flops: f64, bytes: f64) -> Result<Self> {
+    /// A problem of so many operations and bytes on one core of a chip.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a mode that the chip lacks; [`Error::Value`] for a chip whose figures are not positive.
+    pub fn new(chip: &Chip, mode: MatmulMode, flops: f64, bytes: f64) -> Result<Self> {
         let Some(peak_flops) = chip.tensor.peak_flops(mode) else {
             return Err(unsupported(format!("{mode:?} matmul on {}", chip.name), "TensorE does not have the mode"));
         };
@@ -195,6 +238,69 @@ impl DecodeProblem {
         let kv = self.num_kv_heads as f64 * dims;
         let bytes = self.kv_tokens as f64 * kv * element + self.sequences as f64 * qo * 2.0;
         Roofline::new(chip, MatmulMode::Bf16, 2.0 * self.kv_tokens as f64 * qo, bytes)
+    }
+}
+
+impl PrefillProblem {
+    /// The problem on one core of a chip. Keys before every query's window are not read.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] for an extent of 0 but `prior` and `window`; [`Error::Value`] for a chip whose figures are not positive.
+    pub fn on(&self, chip: &Chip) -> Result<Roofline> {
+        not_empty(
+            "prefill attention",
+            &[
+                ("sequences", self.sequences),
+                ("queries", self.queries),
+                ("keys", self.keys),
+                ("num_qo_heads", self.num_qo_heads),
+                ("num_kv_heads", self.num_kv_heads),
+                ("head_dim", self.head_dim),
+            ],
+        )?;
+        let (sequences, queries, keys) = (self.sequences as f64, self.queries as f64, self.keys as f64);
+        let qo = self.num_qo_heads as f64 * self.head_dim as f64;
+        let kv = self.num_kv_heads as f64 * self.head_dim as f64;
+        let windowed = self.causal && self.window > 0;
+        let prior = if windowed { self.prior.min(self.window - 1) } else { self.prior } as f64;
+        let flops = 4.0 * sequences * self.visible() * qo;
+        Roofline::new(chip, MatmulMode::Bf16, flops, 2.0 * sequences * (2.0 * queries * qo + 2.0 * (keys + prior) * kv))
+    }
+
+    /// Pairs of a query and a key that it sees, in one sequence and head.
+    fn visible(&self) -> f64 {
+        let (queries, prior) = (self.queries as f64, self.prior as f64);
+        if !self.causal {
+            return queries * (self.keys as f64 + prior);
+        }
+        // Query i sees prior + i + 1 keys until the window is full.
+        let window = if self.window > 0 { self.window as f64 } else { f64::INFINITY };
+        let growing = (window - prior - 1.0).clamp(0.0, queries);
+        let full = if growing < queries { (queries - growing) * window } else { 0.0 };
+        growing * prior + growing * (growing + 1.0) / 2.0 + full
+    }
+}
+
+impl ExpertsProblem {
+    /// The problem on one core of a chip. Biases are not counted.
+    ///
+    /// # Errors
+    /// As for [`MatmulProblem::on`].
+    pub fn on(&self, chip: &Chip) -> Result<Roofline> {
+        not_empty(
+            "experts",
+            &[
+                ("rows", self.rows),
+                ("experts", self.experts),
+                ("hidden", self.hidden),
+                ("intermediate", self.intermediate),
+            ],
+        )?;
+        let mode = mode(self.weights, Scheme::Bf16, chip)?;
+        let (rows, hidden, inter) = (self.rows as f64, self.hidden as f64, self.intermediate as f64);
+        let expert = matrix_bytes(self.weights, 2.0 * inter, hidden) + matrix_bytes(self.weights, hidden, inter);
+        let bytes = self.experts as f64 * expert + 2.0 * 2.0 * rows * hidden;
+        Roofline::new(chip, mode, 2.0 * rows * 3.0 * hidden * inter, bytes)
     }
 }
 

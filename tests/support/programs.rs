@@ -40,6 +40,20 @@ pub fn of(kernel: &str) -> Vec<Checked> {
     found
 }
 
+/// The programs of large shapes, which have no data: their file names and themselves; fails if there are none.
+pub fn large() -> Vec<(String, Program)> {
+    let folder = kernels().join("programs/large");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder).expect("large").map(|e| e.unwrap().path()).collect();
+    files.sort();
+    assert!(!files.is_empty(), "kernels/programs/large has no programs");
+    let open = |path: PathBuf| {
+        let name = path.file_stem().and_then(|n| n.to_str()).expect("a name").to_owned();
+        let program = Program::from_json(&std::fs::read(&path).unwrap(), &Limits::default());
+        (name.clone(), program.unwrap_or_else(|e| panic!("{name}: {e}")))
+    };
+    files.into_iter().map(open).collect()
+}
+
 impl Checked {
     /// Opens `NAME.json` and `NAME.safetensors`.
     pub fn open(name: &str) -> Checked {

@@ -1,0 +1,42 @@
+//! `trnk`: the command line of trn-kernels. Each subcommand is a file of its own.
+#![forbid(unsafe_code)]
+
+mod chip;
+mod cost;
+mod failure;
+mod problem;
+mod program;
+mod shape;
+mod timeline;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Low-precision inference kernels for AWS Trainium.
+#[derive(Parser)]
+#[command(name = "trnk", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// What a device kernel would take on a chip, engine by engine: a model from documented constants, not a measurement
+    Cost(cost::Args),
+}
+
+fn main() -> ExitCode {
+    let command = Cli::command().mut_subcommand("cost", |c| c.after_long_help(cost::long_help()));
+    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
+    let done = match cli.command {
+        Command::Cost(args) => cost::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
+    }
+}
