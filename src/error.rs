@@ -128,6 +128,11 @@ pub enum Error {
         /// Where and why.
         problem: String,
     },
+    /// The device or its runtime refused, failed or is not there.
+    Device {
+        /// What happened, and with what.
+        problem: String,
+    },
     /// The operating system refused.
     Io {
         /// The path.
@@ -179,7 +184,7 @@ impl fmt::Display for Error {
             Error::Unsupported { what, because } => write!(f, "{what} is not supported: {because}"),
             Error::OutOfPages { needed, free } => write!(f, "kv pool: {needed} pages needed, {free} free"),
             Error::Checkpoint { at, problem } => write!(f, "{at}: {problem}"),
-            Error::Program { problem } => write!(f, "{problem}"),
+            Error::Program { problem } | Error::Device { problem } => write!(f, "{problem}"),
             Error::Io { path, message, .. } => write!(f, "{path}: {message}"),
         }
     }
