@@ -4,7 +4,7 @@
 use super::environment::{self, Variable};
 use super::error::NeuronError;
 use super::load::{Library, LoadOptions, Origin};
-use super::runtime::{is_forked_child, is_lost};
+use super::runtime::is_forked_child;
 use super::{Status, Version};
 use std::fmt;
 use std::io::Read;
@@ -272,9 +272,6 @@ fn verdict(options: &ProbeOptions, report: &mut ProbeReport) -> Verdict {
     if is_forked_child() {
         return Verdict::ForkedChild;
     }
-    if is_lost() {
-        return Verdict::RuntimePoisoned;
-    }
     if options.require_device_nodes {
         if report.devices.is_empty() {
             return Verdict::NoDeviceNodes { dev_root: options.dev_root.clone() };
@@ -287,6 +284,9 @@ fn verdict(options: &ProbeOptions, report: &mut ProbeReport) -> Verdict {
         Ok(library) => library,
         Err(e) => return of_error(e),
     };
+    if library.is_lost() {
+        return Verdict::RuntimePoisoned;
+    }
     let found = report.library.insert(Found { path: library.path().into(), origin: library.origin(), version: None });
     let (version, detail) = match library.version() {
         Ok(answer) => answer,

@@ -42,7 +42,7 @@ const ASYNC_VARIABLE: &str = "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS";
 enum Life {
     Live,
     Closed,
-    /// Dropped while the device was lost: never closed.
+    /// The device is lost: never closed.
     Lost,
 }
 
@@ -62,9 +62,9 @@ pub(super) fn is_forked_child() -> bool {
     owner != 0 && owner != process::id()
 }
 
-/// Whether a runtime of this process was lost.
-pub(super) fn is_lost() -> bool {
-    !is_forked_child() && lock(&OWNERS).iter().any(|(_, life)| *life == Life::Lost)
+/// Remembers what became of a library.
+fn becomes(owners: &mut [(Library, Life)], library: Library, life: Life) {
+    owners.iter_mut().filter(|(l, _)| *l == library).for_each(|(_, l)| *l = life);
 }
 
 /// Success, or which call answered what.
@@ -75,6 +75,11 @@ fn check(op: &'static str, status: u32) -> Result<()> {
 
 /// What may be asked of a library before it is initialised.
 impl Library {
+    /// Whether the device was lost to this process through this library.
+    pub(super) fn is_lost(self) -> bool {
+        !is_forked_child() && lock(&OWNERS).contains(&(self, Life::Lost))
+    }
+
     /// The runtime's version, as numbers and with the text behind them. Initialises nothing.
     ///
     /// # Errors
@@ -198,6 +203,7 @@ impl Inner {
     fn check(&self, op: &'static str, status: u32) -> Result<()> {
         if Status(status).class() == StatusClass::Poison {
             self.poison.store(status, Ordering::Release);
+            becomes(&mut lock(&OWNERS), self.library, Life::Lost);
         }
         check(op, status)
     }
@@ -223,18 +229,14 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if process::id() != self.pid {
-            return;
+        if self.enter().is_err() {
+            return; // forked, or lost: never closed
         }
         let mut owners = lock(&OWNERS);
-        let lost = self.enter().is_err();
-        if !lost {
-            // SAFETY: initialised by the `init` that made this value, closed here only. Every handle holds an `Arc` of this
-            // value, so none is left; nothing else can call the library now, as `Runtime::init` waits for `OWNERS`.
-            unsafe { (self.api().nrt_close)() };
-        }
-        let life = if lost { Life::Lost } else { Life::Closed };
-        owners.iter_mut().filter(|(l, _)| *l == self.library).for_each(|(_, l)| *l = life);
+        // SAFETY: initialised by the `init` that made this value, closed here only. Every handle holds an `Arc` of this value, so
+        // none is left; nothing else can call the library now, as `Runtime::init` waits for `OWNERS`.
+        unsafe { (self.api().nrt_close)() };
+        becomes(&mut owners, self.library, Life::Closed);
     }
 }
 

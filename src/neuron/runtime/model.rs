@@ -115,8 +115,9 @@ struct ForeignTable(NonNull<sys::TensorInfoArray>);
 
 impl TensorTable for ForeignTable {
     fn count(&self) -> u64 {
-        // SAFETY: the library handed the table out with success, so its header is there until it is freed, after the walk.
-        unsafe { (&raw const (*self.0.as_ptr()).tensor_count).read() }
+        // SAFETY: the library handed the table out with success, so it is there until it is freed, after the walk; the count is
+        // its first field (asserted in `sys`).
+        unsafe { self.0.cast::<u64>().read() }
     }
 
     fn entry(&self, at: usize) -> sys::TensorInfo {
