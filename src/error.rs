@@ -146,6 +146,11 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// The device or its runtime refused, failed or is not there.
+    Device {
+        /// What happened, and with what.
+        problem: String,
+    },
     /// The operating system refused.
     Io {
         /// The path.
@@ -197,7 +202,7 @@ impl fmt::Display for Error {
             Error::Unsupported { what, because } => write!(f, "{what} is not supported: {because}"),
             Error::OutOfPages { needed, free } => write!(f, "kv pool: {needed} pages needed, {free} free"),
             Error::Checkpoint { at, problem } => write!(f, "{at}: {problem}"),
-            Error::Program { problem } => write!(f, "{problem}"),
+            Error::Program { problem } | Error::Device { problem } => write!(f, "{problem}"),
             Error::Constraint { kernel, constraint, got, needed } => {
                 write!(f, "{constraint}: got {got}, needed {needed} ({kernel})")
             }

@@ -16,6 +16,8 @@ mod error;
 pub mod kv;
 pub mod layer;
 pub mod matmul;
+#[cfg(feature = "neuron")]
+pub mod neuron;
 pub mod num;
 pub mod quant;
 pub mod trainium;

@@ -14,6 +14,21 @@ fn write(dir: &Path, target: &str, name: &str, bytes: impl AsRef<[u8]>) -> io::R
     fs::write(dir.join(name), bytes)
 }
 
+/// A ustar archive of one small file.
+fn tar(name: &str, contents: &[u8]) -> Vec<u8> {
+    let mut tar = vec![0u8; 512];
+    let size = format!("{:011o}", contents.len());
+    for (at, field) in [(0, name), (100, "0000644"), (124, &size), (148, "        "), (156, "0"), (257, "ustar\u{0}00")]
+    {
+        tar[at..at + field.len()].copy_from_slice(field.as_bytes());
+    }
+    let sum: u32 = tar.iter().map(|b| u32::from(*b)).sum();
+    tar[148..156].copy_from_slice(format!("{sum:06o}\u{0} ").as_bytes());
+    tar.extend_from_slice(contents);
+    tar.resize(tar.len().next_multiple_of(512) + 1024, 0);
+    tar
+}
+
 fn main() -> io::Result<()> {
     let corpus = PathBuf::from(env::args_os().nth(1).ok_or(io::Error::other("usage: seeds CORPUS_DIR"))?);
     let one = 1.0f32.to_le_bytes();
@@ -75,6 +90,10 @@ fn main() -> io::Result<()> {
             write(&corpus, "manifest", &format!("check-{i}-{j}"), format!("!{check}"))?;
         }
     }
+    // One entry each: usage, dtype, ndim, has a shape, wide, size, name.
+    let entries = [&[34][..], &[0, 14, 2, 1, 0, 64], b"kv.must_alias_input\0", &[1, 14, 2, 1, 0, 64], b"kv\0"].concat();
+    write(&corpus, "tensor_info", "in-place", entries)?;
+    write(&corpus, "neff", "tar", tar("sg00/def.json", br#"{"var":{"x":{"type":"input","var_id":0,"size":4}}}"#))?;
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-gpt-oss");
     for (name, path) in [("hugging-face", "config.json"), ("original", "original/config.json")] {
         write(&corpus, "gpt_oss_config", name, fs::read(models.join(path))?)?;
