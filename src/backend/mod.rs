@@ -8,11 +8,15 @@
 
 mod cpu;
 mod heads;
+#[cfg(feature = "neuron")]
+mod neuron;
 mod oracle;
 mod store;
 
 pub use cpu::CpuBackend;
 pub use heads::{HeadsIn, HeadsOut};
+#[cfg(feature = "neuron")]
+pub use neuron::{ActivationTerms, NeuronBackend, NeuronOptions};
 pub use oracle::OracleBackend;
 pub use store::{AttentionId, CacheId, ExpertsId, MatrixId};
 
@@ -135,6 +139,8 @@ pub enum Problem {
         k: usize,
         /// Rows of x.
         m: usize,
+        /// Whether it has a bias.
+        bias: bool,
         /// Of x.
         activations: Element,
     },
@@ -172,6 +178,8 @@ pub enum Problem {
     Prefill {
         /// The attention.
         spec: AttentionSpec,
+        /// Whether it has sinks.
+        sinks: bool,
         /// The cache.
         cache: KvShape,
         /// Most queries of a sequence.
@@ -185,6 +193,8 @@ pub enum Problem {
     Decode {
         /// The attention.
         spec: AttentionSpec,
+        /// Whether it has sinks.
+        sinks: bool,
         /// The cache.
         cache: KvShape,
         /// Sequences.

@@ -48,6 +48,7 @@ mod dtype;
 mod environment;
 mod error;
 mod io;
+pub mod kernels;
 mod load;
 mod model;
 pub mod neff;

@@ -101,7 +101,7 @@ pub fn matmul<'w>(
         let id = match backend.load_matrix(&w, bias) {
             Ok(id) => id,
             Err(e) => {
-                let problem = Problem::Matmul { scheme, n, k, m, activations: Element::Bf16 };
+                let problem = Problem::Matmul { scheme, n, k, m, bias: !bias.is_empty(), activations: Element::Bf16 };
                 served.count(&what, backend.supports(&problem), Err(e));
                 continue;
             }
@@ -112,7 +112,7 @@ pub fn matmul<'w>(
             let before = rng.wide(m * n, -2..=2);
             let mut y = before.clone();
             let x_view: Activations<'_> = MatRef::new(&x, m, k).unwrap().into();
-            let problem = Problem::Matmul { scheme, n, k, m, activations: (&x_view).into() };
+            let problem = Problem::Matmul { scheme, n, k, m, bias: !bias.is_empty(), activations: (&x_view).into() };
             let call = backend.matmul(id, x_view, MatMut::new(&mut y, m, n).unwrap().into(), accumulate);
             if !served.count(&what, backend.supports(&problem), call) {
                 assert_eq!(y, before, "{what}: a refused call wrote");
@@ -143,7 +143,7 @@ pub fn matmul<'w>(
         let x32 = rng.wide(m * k, -3..=3);
         let mut y = vec![0.0f32; m * n];
         let x_view: Activations<'_> = MatRef::new(&x32, m, k).unwrap().into();
-        let problem = Problem::Matmul { scheme, n, k, m, activations: Element::F32 };
+        let problem = Problem::Matmul { scheme, n, k, m, bias: !bias.is_empty(), activations: Element::F32 };
         let call = backend.matmul(id, x_view, MatMut::new(&mut y, m, n).unwrap().into(), false);
         if served.count(&what, backend.supports(&problem), call) {
             let options = MatmulOptions { bias: Some(bias).filter(|b| !b.is_empty()), ..Default::default() };
@@ -341,10 +341,24 @@ pub fn attention<'w>(backend: &mut dyn Backend<'w>, case: &AttentionCase, rules:
         let mut out = vec![bf16::NAN; t * spec.num_qo_heads * spec.head_dim_vo];
         let y = HeadsMut::new(&mut out, t, spec.num_qo_heads, spec.head_dim_vo).unwrap().into();
         let (problem, call) = if t == 1 {
-            let problem = Problem::Decode { spec, cache: config.shape, sequences: 1, tokens, element: Element::Bf16 };
+            let problem = Problem::Decode {
+                spec,
+                sinks: case.sinks,
+                cache: config.shape,
+                sequences: 1,
+                tokens,
+                element: Element::Bf16,
+            };
             (problem, backend.decode(attention, cache, 0, &table, q.into(), y))
         } else {
-            let problem = Problem::Prefill { spec, cache: config.shape, queries: t, tokens, element: Element::Bf16 };
+            let problem = Problem::Prefill {
+                spec,
+                sinks: case.sinks,
+                cache: config.shape,
+                queries: t,
+                tokens,
+                element: Element::Bf16,
+            };
             (problem, backend.prefill(attention, cache, 0, &table, q.into(), &[0, t], y))
         };
         let what = format!("{what}, {t} tokens of {tokens}");
