@@ -9,6 +9,7 @@ use device::{Device, f32_bytes};
 use serde_json::{Value, json};
 use trn_kernels::Error;
 use trn_kernels::quant::ScaleRule;
+use trn_kernels::trainium::cost;
 use trn_kernels::trainium::emulator::{Fault, Limits, Options, Program, Rule};
 
 /// The fault of a program, loaded or run on inputs of zeros.
@@ -327,9 +328,11 @@ fn superfluous_or_missing_arguments_are_refused() {
 /// Small enough that a hostile count cannot make a test slow.
 const TIGHT: Limits = Limits { json_bytes: 1 << 20, tensor_bytes: 8 << 20, work: 1 << 24 };
 
-/// Loads and, if it loads, runs. Whatever happens, it must not panic.
+/// Loads and, if it loads, runs and is costed. Whatever happens, it must not panic.
 fn survive(json: &[u8], inputs: &[Vec<u8>]) -> bool {
     let Ok(program) = Program::from_json(json, &TIGHT) else { return false };
+    let cost = cost::estimate(&program, &program.target().chip());
+    assert_eq!(cost.spans.len(), program.instructions().len());
     let inputs: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
     let _ = program.run(&inputs, &Options::default());
     true

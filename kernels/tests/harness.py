@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +63,6 @@ def counters(kernel) -> dict:
     if backend.backend()[0] != "sim":
         pytest.skip("the official simulator counts nothing")
     return kernel.report.counters.as_dict()
-
-
-def manifest(name: str) -> dict:
-    """The kernel's entry in kernels/manifest.toml."""
-    entries = tomllib.loads((KERNELS / "manifest.toml").read_text())["kernel"]
-    return next(e for e in entries if e["name"] == name)
 
 
 def golden(name: str):

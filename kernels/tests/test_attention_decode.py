@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 
 import harness
 import ml_dtypes
@@ -134,59 +133,6 @@ def test_batch_does_not_matter(kernel):
         alone = dict(args, q=args["q"][b : b + 1], block_table=args["block_table"][b : b + 1])
         alone["context_lens"] = args["context_lens"][b : b + 1]
         assert np.array_equal(together[b].view(np.uint16), run(kernel, alone, "trn2")[0].view(np.uint16))
-
-
-# -- refusals -----------------------------------------------------------------------------------------------------
-
-
-def constraints() -> dict[str, str]:
-    with open(harness.KERNELS / "manifest.toml", "rb") as file:
-        kernels = {k["name"]: k for k in tomllib.load(file)["kernel"]}
-    return {c["name"]: c["text"] for c in kernels["attention_decode"]["constraints"]}
-
-
-def reshaped(key, array):
-    return lambda args: args.__setitem__(key, array(args[key]))
-
-
-BAD = {
-    "target": ("trn1", lambda args: None),
-    "q dtype": ("trn2", reshaped("q", lambda x: x.astype(np.float32))),
-    "k_cache dtype": ("trn2", lambda args: args.update(
-        k_cache=args["k_cache"].astype(FN), v_cache=args["v_cache"].astype(FN))),
-    "v_cache dtype": ("trn2", reshaped("v_cache", lambda x: x.astype(IEEE))),
-    "block_table dtype": ("trn2", reshaped("block_table", lambda x: x.astype(np.uint32))),
-    "context_lens dtype": ("trn2", reshaped("context_lens", lambda x: x.astype(np.float32))),
-    "head_dim": ("trn2", lambda args: args.update(
-        q=np.zeros((3, 8, 129), BF16), k_cache=np.zeros((4, 16, 2, 129), BF16), v_cache=np.zeros((4, 16, 2, 129), BF16))),
-    "k_cache head_dim": ("trn2", reshaped("k_cache", lambda x: x[..., :64].copy())),
-    "v_cache shape": ("trn2", reshaped("v_cache", lambda x: x[:-1].copy())),
-    "num_qo_heads": ("trn2", reshaped("q", lambda x: x[:, :7].copy())),
-    "block_table rows": ("trn2", reshaped("block_table", lambda x: x[:2].copy())),
-    "context_lens shape": ("trn2", reshaped("context_lens", lambda x: x[:2].copy())),
-    "k_scale": ("trn2", lambda args: args.update(k_scale=np.ones(1, np.float32))),
-    "v_scale": ("trn2", lambda args: args.update(v_scale=np.ones(1, np.float32))),
-    "window": ("trn2", lambda args: args.update(window=-1)),
-    "sm_scale": ("trn2", lambda args: args.update(sm_scale=0.0)),
-    "page_size": ("trn2", lambda args: args.update(
-        k_cache=np.zeros((4, 1021, 2, 128), BF16), v_cache=np.zeros((4, 1021, 2, 128), BF16))),
-    "max_pages": ("trn2", reshaped("block_table", lambda x: np.zeros((3, 70000), np.int32))),
-    "sinks": ("trn2", lambda args: args.update(sinks=np.zeros(7, np.float32))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_refusal_names_the_constraint(kernel, name):
-    target, spoil = BAD[name]
-    args = problem("llama_tp")
-    spoil(args)
-    assert name in constraints()
-    with pytest.raises(AssertionError, match=f"^{name}: "):
-        run(kernel, args, target)
-
-
-def test_every_constraint_of_the_manifest_is_tried():
-    assert set(constraints()) == set(BAD) | {"num_pages"}  # num_pages: 2^22 rows of cache would have to be allocated
 
 
 # -- cost ---------------------------------------------------------------------------------------------------------

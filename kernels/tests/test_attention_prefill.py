@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 
 import harness
 import ml_dtypes
@@ -114,78 +113,6 @@ def test_chunks_add_up(kernel):
     for name in ("q", "k", "v"):
         rest[name] = args[name][:, 130:].copy()
     assert harness.within(run(kernel, rest, "trn2"), out[:, 130:], limit[:, 130:])
-
-
-# -- refusals -----------------------------------------------------------------------------------------------------
-
-
-def constraints() -> dict[str, str]:
-    with open(harness.KERNELS / "manifest.toml", "rb") as file:
-        kernels = {k["name"]: k for k in tomllib.load(file)["kernel"]}
-    return {c["name"]: c["text"] for c in kernels["attention_prefill"]["constraints"]}
-
-
-def zeros(sq, hq, hkv, d):
-    return lambda args: args.update(
-        q=np.zeros((2, sq, hq, d), BF16), k=np.zeros((2, sq, hkv, d), BF16), v=np.zeros((2, sq, hkv, d), BF16),
-        k_prior=None, v_prior=None, prior_len=None,
-    )  # fmt: skip
-
-
-def changed(key, f):
-    return lambda args: args.update({key: f(args[key])})
-
-
-BAD = {
-    "target": ("trn1", lambda args: None),
-    "q dtype": ("trn2", changed("q", lambda x: x.astype(np.float32))),
-    "k dtype": ("trn2", changed("k", lambda x: x.astype(np.float16))),
-    "v dtype": ("trn2", changed("v", lambda x: x.astype(np.float16))),
-    "head_dim": ("trn2", zeros(4, 2, 1, 129)),
-    "k shape": ("trn2", changed("k", lambda x: x[:1].copy())),
-    "v shape": ("trn2", changed("v", lambda x: x[:, :9].copy())),
-    "num_qo_heads": ("trn2", zeros(4, 3, 2, 64)),
-    "query row": ("trn2", zeros(4, 65, 1, 128)),
-    "key row": ("trn2", zeros(4, 64, 64, 128)),
-    "causal": ("trn2", changed("q", lambda x: x[:, 1:].copy())),
-    "window": ("trn2", lambda args: args.update(causal=False, window=4)),
-    "sm_scale": ("trn2", lambda args: args.update(sm_scale=-1.0)),
-    "prior": ("trn2", lambda args: args.update(v_prior=None)),
-    "keys": ("trn2", lambda args: args.update(
-        q=np.zeros((2, 1, 1, 1), BF16), k=np.zeros((2, 1, 1, 1), BF16), v=np.zeros((2, 1, 1, 1), BF16),
-        k_prior=np.zeros((2, 2**22, 1, 1), BF16), v_prior=np.zeros((2, 2**22, 1, 1), BF16))),
-    "sinks": ("trn2", lambda args: args.update(sinks=np.zeros(5, np.float32))),
-}  # fmt: skip
-BAD_PRIOR = {
-    "missing": lambda args: args.update(k_prior=None),
-    "no length": lambda args: args.update(prior_len=None),
-    "dtype": lambda args: args.update(v_prior=args["v_prior"].astype(np.float16)),
-    "heads": lambda args: args.update(k_prior=args["k_prior"][:, :, :1].copy()),
-    "slots": lambda args: args.update(v_prior=args["v_prior"][:, 1:].copy()),
-    "length dtype": lambda args: args.update(prior_len=args["prior_len"].astype(np.int16)),
-    "length rows": lambda args: args.update(prior_len=args["prior_len"][:1].copy()),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_refusal_names_the_constraint(kernel, name):
-    target, spoil = BAD[name]
-    args = problem("prior")
-    spoil(args)
-    with pytest.raises(AssertionError, match=f"^{name}: "):
-        run(kernel, args, target)
-
-
-@pytest.mark.parametrize("name", BAD_PRIOR)
-def test_refusal_of_prior_keys(kernel, name):
-    args = problem("prior")
-    BAD_PRIOR[name](args)
-    with pytest.raises(AssertionError, match="^prior: "):
-        run(kernel, args, "trn2")
-
-
-def test_every_constraint_of_the_manifest_is_tried():
-    assert set(constraints()) == set(BAD)
 
 
 # -- cost ---------------------------------------------------------------------------------------------------------

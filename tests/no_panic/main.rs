@@ -5,6 +5,7 @@
 
 mod attention;
 mod checkpoint;
+mod device;
 mod kv;
 mod layer;
 mod matmul;

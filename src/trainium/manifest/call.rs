@@ -125,10 +125,10 @@ impl KernelEntry {
             let slot = self.inputs.iter().position(|i| i.name == *name).and_then(|at| tensors.get_mut(at));
             self.put(name, slot, Given { dtype: *dtype, shape: shape.as_ref() })?;
         }
-        for (input, _) in self.inputs.iter().zip(&tensors).filter(|(i, tensor)| tensor.is_none() && !i.optional) {
-            return self.missing(&input.name);
+        match self.inputs.iter().zip(&tensors).find(|(i, tensor)| tensor.is_none() && !i.optional) {
+            Some((input, _)) => self.missing(&input.name),
+            None => Ok(tensors),
         }
-        Ok(tensors)
     }
 
     fn arguments<'a>(&'a self, arguments: &[(&str, Argument<'a>)]) -> Result<Vec<Option<Value<'a>>>> {
