@@ -140,7 +140,7 @@ proptest! {
                     call(entry, Target::Trn3, 1, 0, &[128, 1, 64], 64);
                 }
             }
-            Err(e) => prop_assert!(matches!(e, Error::Manifest { .. })),
+            Err(e) => prop_assert!(matches!(e, Error::Manifest { .. }), "{e}"),
         }
     }
 }
