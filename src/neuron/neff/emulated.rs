@@ -1,9 +1,11 @@
 //! Builds the NEFF of an exported program, for `tests/emulated-libnrt` to execute.
 //!
-//! It is a real container (header, tar archive, `sg00/def.json`) around a program instead of instructions. Its `pkg_version`
+//! It is a whole container (header, tar archive, `sg00/def.json`) around a program instead of instructions. Its `pkg_version`
 //! is one that no runtime accepts, so that it cannot be taken for a compiled kernel.
 #![forbid(unsafe_code)]
 
+use super::{HEADER_BYTES, Header, PkgVersion};
+use crate::neuron::ALIAS_SUFFIX;
 use crate::trainium::emulator::{Limits, Program};
 use crate::{Error, Result};
 use flate2::{Compression, write::GzEncoder};
@@ -11,14 +13,8 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::io::Write;
 
-/// Bytes of the header.
-const HEADER_BYTES: usize = 1024;
-/// `pkg_version` of an emulated NEFF.
-const PKG_VERSION: u64 = 0xFA4E;
 /// Bytes of a name in the header and of a tensor's name, with their NUL.
 const NAME_BYTES: usize = 256;
-/// Ending of an input's name that the program updates in place; its output has the name without it.
-const ALIAS: &str = ".must_alias_input";
 
 /// The NEFF of a program: `program_json` are the bytes of a file of `kernels/programs`, which it holds unchanged.
 ///
@@ -35,9 +31,7 @@ pub fn emulated(program_json: &[u8], gzip: bool) -> Result<Vec<u8>> {
     let definition = definition(&program)?;
     let payload = archive(&[("sg00/def.json", &definition), ("program.json", program_json)], gzip);
     let payload = payload.map_err(|e| problem(format!("neff archive: {e}")))?;
-    let mut neff = header(&name, &payload);
-    neff.extend_from_slice(&payload);
-    Ok(neff)
+    Ok([&header(&name, &payload).to_bytes()[..], &payload].concat())
 }
 
 fn problem(problem: String) -> Error {
@@ -56,7 +50,7 @@ fn definition(program: &Program) -> Result<Vec<u8>> {
     let tensor_of_input = |tensor| program.inputs().iter().find(|p| p.tensor == tensor);
     let inputs = program.inputs().iter().map(|port| {
         let in_place = program.outputs().iter().any(|o| o.tensor == port.tensor);
-        let name = if in_place { format!("{}{ALIAS}", port.name) } else { port.name.clone() };
+        let name = if in_place { format!("{}{ALIAS_SUFFIX}", port.name) } else { port.name.clone() };
         ("input", name, port.tensor)
     });
     let outputs = program.outputs().iter().map(|port| {
@@ -94,21 +88,92 @@ fn archive(files: &[(&str, &[u8])], gzip: bool) -> std::io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-/// The 1024-byte header, little-endian.
-fn header(name: &str, payload: &[u8]) -> Vec<u8> {
-    let mut header = vec![0; HEADER_BYTES];
-    let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
-    let hash = Sha256::digest(payload);
-    put(0, &PKG_VERSION.to_le_bytes());
-    put(8, &(HEADER_BYTES as u64).to_le_bytes());
-    put(16, &(payload.len() as u64).to_le_bytes());
-    put(24, &2u64.to_le_bytes()); // neff_version_major of today's compilers
-    put(40, concat!("trn-kernels ", env!("CARGO_PKG_VERSION")).as_bytes()); // build_version
-    put(168, &1u32.to_le_bytes()); // num_tpb
-    put(172, &hash);
-    put(204, &hash[..16]); // uuid: the payload's, so that equal programs are equal files
-    put(220, name.as_bytes());
-    put(476, &1u32.to_le_bytes()); // requested_tpb_count
-    put(480, &[1]); // tpb_per_node
-    header
+/// The header: one core, no features asked for.
+fn header(name: &str, payload: &[u8]) -> Header {
+    let hash: [u8; 32] = Sha256::digest(payload).into();
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&hash[..16]); // the payload's, so that equal programs are equal files
+    let mut tpb_per_node = [0; 64];
+    tpb_per_node[0] = 1;
+    Header {
+        pkg_version: PkgVersion::Emulated,
+        data_size: payload.len() as u64,
+        neff_version: (2, 0),
+        build_version: concat!("trn-kernels ", env!("CARGO_PKG_VERSION")).into(),
+        num_tpb: 1,
+        hash,
+        uuid,
+        name: name.into(),
+        requested_tpb_count: 1,
+        tpb_per_node,
+        feature_bits: 0,
+        lnc_size: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    /// A program that copies `a` to an output and writes `b` in place; the names are the caller's.
+    fn program(a: &str, output: &str) -> Vec<u8> {
+        let access = |tensor: usize| json!([tensor, "uint8", 0, [[1, 3]]]);
+        let copy = |to: usize, from: usize| json!({"name": "dma_copy", "engine": "dma", "writes": {"dst": access(to)}, "reads": {"src": access(from)}, "attrs": {}});
+        let tensor = json!({"name": "", "shape": [3], "dtype": "uint8", "buffer": "private_hbm"});
+        let program = json!({
+            "format": "trn-kernels.program.1", "kernel": "copy", "example": "e", "target": "trn2", "sources": {},
+            "parameters": {}, "inputs": [{"name": a, "tensor": 0}, {"name": "b", "tensor": 1}],
+            "outputs": [{"name": output, "tensor": 2}, {"name": "output_1", "tensor": 1}],
+            "tensors": [tensor, tensor, tensor], "instructions": [copy(2, 0), copy(1, 0)]
+        });
+        program.to_string().into_bytes()
+    }
+
+    fn files(payload: &[u8]) -> Vec<(String, Vec<u8>)> {
+        let mut archive = tar::Archive::new(payload);
+        let read = |entry: std::io::Result<tar::Entry<'_, &[u8]>>| {
+            let mut entry = entry.unwrap();
+            let (path, mut bytes) = (entry.path().unwrap().display().to_string(), vec![]);
+            entry.read_to_end(&mut bytes).unwrap();
+            (path, bytes)
+        };
+        archive.entries().unwrap().map(read).collect()
+    }
+
+    #[test]
+    fn the_container_is_as_documented() {
+        let program = program("a", "output_0");
+        let neff = emulated(&program, false).unwrap();
+        let (header, payload) = neff.split_at(HEADER_BYTES);
+        let word = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().unwrap());
+        assert_eq!([word(0), word(8), word(16)], [0xFA4E, 1024, payload.len() as u64]);
+        assert_eq!(header[172..204], Sha256::digest(payload)[..]);
+        assert_eq!(header[220..238], *b"trn-kernels.copy.e");
+        assert!(header[238..476].iter().chain(&header[556..]).all(|&b| b == 0));
+        let files = files(payload);
+        assert_eq!(files[1], ("program.json".into(), program.clone()));
+        let (path, definition) = &files[0];
+        let wanted = json!({"dma_queue": {}, "var": {
+            "a": {"type": "input", "var_id": 0, "size": 3}, "b.must_alias_input": {"type": "input", "var_id": 1, "size": 3},
+            "output_0": {"type": "output", "var_id": 2, "size": 3}, "b": {"type": "output", "var_id": 3, "size": 3}}});
+        assert_eq!((path.as_str(), serde_json::from_slice::<Value>(definition).unwrap()), ("sg00/def.json", wanted));
+        assert_eq!(Header::parse(&neff).unwrap(), super::header("trn-kernels.copy.e", payload));
+        let zipped = emulated(&program, true).unwrap();
+        let mut unzipped = vec![];
+        flate2::read::GzDecoder::new(&zipped[HEADER_BYTES..]).read_to_end(&mut unzipped).unwrap();
+        assert_eq!(unzipped, payload);
+        assert_eq!(emulated(&program, true).unwrap(), zipped, "the same program gives the same bytes");
+    }
+
+    #[test]
+    fn bad_programs_and_names_are_refused() {
+        let message = |json: &[u8]| emulated(json, true).unwrap_err().to_string();
+        assert!(message(b"{}").contains("missing field"), "{}", message(b"{}"));
+        assert!(message(&program("a", "b")).contains("two of its variables are named \"b\""));
+        for name in ["", "nul\0", &"n".repeat(256)] {
+            assert!(message(&program(name, "output_0")).contains("needed 1 to 255 bytes without NUL"), "{name:?}");
+        }
+        assert!(emulated(&program(&"n".repeat(255), "output_0"), true).is_ok());
+    }
 }

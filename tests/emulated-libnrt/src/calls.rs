@@ -65,7 +65,9 @@ impl Calls {
         }
         trace(|| match refusal {
             None => format!("{function} 0"),
-            Some(refusal) => format!("{function} {status} {}: {}", status_name(status).to_string_lossy(), refusal.reason),
+            Some(refusal) => {
+                format!("{function} {status} {}: {}", status_name(status).to_string_lossy(), refusal.reason)
+            }
         });
     }
 

@@ -35,7 +35,10 @@ pub(crate) fn number(dtype: Dtype, settings: &Settings) -> u32 {
 /// Whether some element of a float tensor is NaN.
 pub(crate) fn has_nan(dtype: Dtype, bytes: &[u8]) -> bool {
     let wide = |exponent: u16, mantissa: u16| {
-        bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).any(|x| x & exponent == exponent && x & mantissa != 0)
+        bytes
+            .chunks_exact(2)
+            .map(|b| u16::from_le_bytes([b[0], b[1]]))
+            .any(|x| x & exponent == exponent && x & mantissa != 0)
     };
     match dtype {
         Dtype::Float32 | Dtype::Tfloat32 => {

@@ -12,7 +12,7 @@ use crate::storage::{SPOILT, Span, Storage};
 use crate::world::{Flight, Set, World};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 use trn_kernels::quant::ScaleRule;
@@ -132,8 +132,7 @@ impl World {
         for (o, output) in outputs.iter().enumerate() {
             let input = (0..inputs.len()).find(|&i| !loaded.aliases.contains(&(i, o)) && inputs[i].overlaps(output));
             let other = (0..o).find(|&other| outputs[other].overlaps(output));
-            let variable =
-                input.map(|i| &loaded.inputs[i]).or_else(|| other.map(|other| &loaded.outputs[other]));
+            let variable = input.map(|i| &loaded.inputs[i]).or_else(|| other.map(|other| &loaded.outputs[other]));
             if let Some(variable) = variable {
                 let (name, other) = (&loaded.outputs[o].name, &variable.name);
                 self.calls.violation(NAME, &format!("output {name:?} overlaps {other:?}"));
@@ -195,7 +194,9 @@ impl Plan {
         }
         let rule = if self.settings.has(flag::OCP_SCALES) { ScaleRule::Floor } else { ScaleRule::Trainium };
         let run = || {
-            assert!(!self.settings.has(flag::EXEC_PANICS), "EXEC_PANICS is set");
+            if self.settings.has(flag::EXEC_PANICS) {
+                resume_unwind(Box::new("EXEC_PANICS")); // a panic that prints nothing
+            }
             self.loaded.program.run(inputs, &Options { scale_rule: rule })
         };
         match catch_unwind(AssertUnwindSafe(run)) {

@@ -236,7 +236,8 @@ mod tests {
         assert_eq!(problems, [""; 0]);
         assert_eq!((got.version, got.total, got.visible), ([2, 31, 24, 0], 16, 4));
         assert_eq!((got.flags, got.chip), (flags, 2));
-        let (got, problems) = settings(&[("EMUNRT_CORES", "many"), ("EMUNRT_FLAGS", "fast"), ("EMUNRT_VERSION", "1.2.3.4.5")]);
+        let (got, problems) =
+            settings(&[("EMUNRT_CORES", "many"), ("EMUNRT_FLAGS", "fast"), ("EMUNRT_VERSION", "1.2.3.4.5")]);
         assert_eq!((got, problems.len()), (Settings::default(), 3));
     }
 }

@@ -85,9 +85,7 @@ impl Span {
 
     /// Whether the two share a byte.
     pub(crate) fn overlaps(&self, other: &Span) -> bool {
-        self.storage.id == other.storage.id
-            && self.offset < other.range().end
-            && other.offset < self.range().end
+        self.storage.id == other.storage.id && self.offset < other.range().end && other.offset < self.range().end
     }
 
     /// Copies these bytes to `to`, which is as long.

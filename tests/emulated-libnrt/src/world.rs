@@ -89,7 +89,7 @@ impl Default for World {
 }
 
 /// The entry behind a client's pointer.
-fn find<'a, T>(table: &'a mut BTreeMap<Handle, T>, pointer: *const c_void, kind: Kind) -> Outcome<(Handle, &'a mut T)> {
+fn find<T>(table: &mut BTreeMap<Handle, T>, pointer: *const c_void, kind: Kind) -> Outcome<(Handle, &mut T)> {
     let wrong = |wrong| violate(status::INVALID_HANDLE, format!("{}: {wrong}", kind.name()));
     match Handle::from_pointer(pointer, kind) {
         Err(reason) => wrong(reason),

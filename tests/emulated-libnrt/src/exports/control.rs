@@ -105,11 +105,13 @@ pub(crate) unsafe extern "C" fn emunrt_inject(function: *const c_char, status: u
     })
 }
 
-/// `uint64_t emunrt_live(uint32_t kind)`: 1 models, 2 tensors, 3 sets, 4 tensor info arrays, 0 all.
+/// `uint64_t emunrt_live(uint32_t kind)`: 1 models, 2 tensors, 3 sets, 4 tensor info arrays, 5 executions under
+/// way, 0 all.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn emunrt_live(kind: u32) -> u64 {
     with(0, |world| {
-        let counts = [world.models.len(), world.tensors.len(), world.sets.len(), world.arrays.live()];
+        let counts =
+            [world.models.len(), world.tensors.len(), world.sets.len(), world.arrays.live(), world.flights.len()];
         let wanted = |i: &usize| kind == 0 || kind as usize == i + 1;
         (0..counts.len()).filter(wanted).map(|i| counts[i] as u64).sum()
     })

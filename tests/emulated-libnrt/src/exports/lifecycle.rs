@@ -52,7 +52,9 @@ pub(crate) extern "C" fn nrt_close() {
         if !leftovers.is_empty() {
             world.calls.violation("nrt_close", &format!("called with {leftovers} alive"));
             if world.settings.double_frees_failed_models() && world.models.values().any(|m| m.failed) {
-                world.calls.violation("nrt_close", "a failed model was not unloaded: before 2.31.24 this is a double free");
+                world
+                    .calls
+                    .violation("nrt_close", "a failed model was not unloaded: before 2.31.24 this is a double free");
             }
         }
         world.clear();
