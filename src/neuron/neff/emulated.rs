@@ -4,7 +4,7 @@
 //! is one that no runtime accepts, so that it cannot be taken for a compiled kernel.
 #![forbid(unsafe_code)]
 
-use super::{HEADER_BYTES, Header, PkgVersion};
+use super::{Header, PkgVersion};
 use crate::neuron::ALIAS_SUFFIX;
 use crate::trainium::emulator::{Limits, Program};
 use crate::{Error, Result};
@@ -113,6 +113,7 @@ fn header(name: &str, payload: &[u8]) -> Header {
 
 #[cfg(test)]
 mod tests {
+    use super::super::HEADER_BYTES;
     use super::*;
     use std::io::Read;
 
