@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 /// design: machine tiers, mapping a checkpoint (whose caller vouches for the file), loading libnrt and calling it.
 const MAY_BE_UNSAFE: [&str; 4] = ["cpu/tier/", "checkpoint/map.rs", "neuron/load.rs", "neuron/runtime"];
+/// The same for the emulated libnrt: where C's pointers come in, and its root, which says so.
+const MAY_BE_UNSAFE_EMULATED: [&str; 2] = ["exports/", "caller.rs"];
+const ABOVE_UNSAFE_EMULATED: [&str; 1] = ["lib.rs"];
 /// Module roots that hold `mod` lines and re-exports above files that may be unsafe.
 const ABOVE_UNSAFE: [&str; 4] = ["lib.rs", "cpu/mod.rs", "checkpoint/mod.rs", "neuron/mod.rs"];
 /// The type of a foreign function: to write it down is not unsafe, only to call one.
@@ -22,15 +25,20 @@ fn rust_files(dir: &Path, files: &mut Vec<PathBuf>) {
 
 /// What is wrong with a source file, if anything.
 fn verdict(name: &str, text: &str) -> Option<String> {
-    let allowed = MAY_BE_UNSAFE.iter().any(|p| name.starts_with(p));
+    verdict_of(name, text, &MAY_BE_UNSAFE, &ABOVE_UNSAFE)
+}
+
+/// The same by other lists.
+fn verdict_of(name: &str, text: &str, may_be_unsafe: &[&str], above_unsafe: &[&str]) -> Option<String> {
+    let allowed = may_be_unsafe.iter().any(|p| name.starts_with(p));
     let code = text.lines().map(|l| l.split("//").next().unwrap_or_default().replace(FOREIGN_TYPE, ""));
     let code: Vec<String> = code.collect();
     let word = |l: &String| l.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe");
     if !allowed && code.iter().any(word) {
-        return Some(format!("{name}: unsafe code outside {MAY_BE_UNSAFE:?}"));
+        return Some(format!("{name}: unsafe code outside {may_be_unsafe:?}"));
     }
     let forbids = text.contains("#![forbid(unsafe_code)]");
-    if !allowed && !forbids && !ABOVE_UNSAFE.contains(&name) {
+    if !allowed && !forbids && !above_unsafe.contains(&name) {
         return Some(format!("{name}: no #![forbid(unsafe_code)]"));
     }
     let blocks = code.iter().filter(|l| l.contains("unsafe {")).count();
@@ -38,17 +46,29 @@ fn verdict(name: &str, text: &str) -> Option<String> {
     (proofs < blocks).then(|| format!("{name}: {blocks} unsafe blocks, {proofs} SAFETY comments"))
 }
 
-#[test]
-fn unsafe_stays_where_it_may() {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+/// What is wrong in the files of a folder of this package.
+fn wrong_in(folder: &str, least: usize, verdict: impl Fn(&str, &str) -> Option<String>) -> Vec<String> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut files = vec![];
     rust_files(&src, &mut files);
-    assert!(files.len() > 20, "only {} files found", files.len());
+    assert!(files.len() > least, "only {} files found", files.len());
     let check = |path: &PathBuf| {
         let name = path.strip_prefix(&src).unwrap().to_str().unwrap().replace('\\', "/");
         verdict(&name, &std::fs::read_to_string(path).unwrap())
     };
-    let wrong: Vec<String> = files.iter().filter_map(check).collect();
+    files.iter().filter_map(check).collect()
+}
+
+#[test]
+fn unsafe_stays_where_it_may() {
+    let wrong = wrong_in("src", 20, verdict);
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn unsafe_of_the_emulated_libnrt_stays_where_c_comes_in() {
+    let by = |name: &str, text: &str| verdict_of(name, text, &MAY_BE_UNSAFE_EMULATED, &ABOVE_UNSAFE_EMULATED);
+    let wrong = wrong_in("tests/emulated-libnrt/src", 10, by);
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 

@@ -5,9 +5,11 @@ use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 use trn_kernels::trainium::emulator::{Dtype, Limits, Options, Port, Program};
 
-/// The folder of the device kernels.
+/// The folder of the device kernels: beside this package, or above it for the workspace's other members.
 pub fn kernels() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let found = package.ancestors().map(|a| a.join("kernels")).find(|k| k.join("programs").is_dir());
+    found.expect("kernels/programs")
 }
 
 /// A program with its data.

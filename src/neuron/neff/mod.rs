@@ -6,9 +6,13 @@
 
 #[cfg(feature = "neff")]
 mod archive;
+#[cfg(all(feature = "neff", feature = "emulator"))]
+mod emulated;
 
 #[cfg(feature = "neff")]
 pub use archive::{Archive, FileEntry, HashCheck, Variable, read_file};
+#[cfg(all(feature = "neff", feature = "emulator"))]
+pub use emulated::emulated;
 
 use super::error::{NeuronError, Result};
 

@@ -1,0 +1,12 @@
+//! What the device tests share: private copies of the emulated libnrt, their control calls, the exported programs.
+//!
+//! Two copies of the file are two libraries with two states, so every test that makes its own [`Emulated`] is alone with it.
+//! Control calls and behaviours are described in `tests/emulated-libnrt/README.md`.
+#![deny(unsafe_code)]
+
+mod emulated;
+#[path = "../../support/programs.rs"]
+pub mod programs;
+pub mod raw;
+
+pub use emulated::{Emulated, Kind, flag, shared_object};
