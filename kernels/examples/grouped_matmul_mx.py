@@ -10,7 +10,7 @@ BF16 = ml_dtypes.bfloat16
 # name: expert row offsets, slots of a block, hidden, intermediate, weight element, out, terms of x
 CASES = {
     "mxfp4": ((0, 2, 7), 4, 64, 96, "e2m1", "bf16", 1),
-    "two_terms": ((0, 2, 7), 4, 64, 96, "e2m1", "f32", 2),
+    "two_terms": ((0, 2, 7), 4, 64, 96, "e2m1", "bf16", 2),
 }
 
 
