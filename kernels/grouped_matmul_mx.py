@@ -26,10 +26,11 @@ Arguments
     rows_out       Y
     w_element      "e4m3fn", "e5m2" or "e2m1"; both weights
     limit          clamp of gate (from above) and up (both sides), more than 0
+    x_terms        MXFP8 terms of x and of the product: 1 rounds them to four significant bits, 2 keeps all eight of bf16
     out            "f32" or "bf16"
 Returns y [Y, H]: y[put] = (g * sigmoid(1.702 g) * (u + 1)) @ w_down + b_down, with gate, up = x[take] @ w_gate_up + b_gate_up,
-g = min(gate, limit), u = clamp(up, -limit, limit). x and the product are quantized to MXFP8 e4m3fn on the way in. Every row of y must be
-the target of one slot. The caller makes the blocks from the router's expert offsets: expert e's rows in slices of R.
+g = min(gate, limit), u = clamp(up, -limit, limit). x and the product are quantized to MXFP8 e4m3fn on the way in, as one
+term or as two that add up to the bf16 value (`split` in matmul_tiles.py). Every row of y must be the target of one slot. The caller makes the blocks from the router's expert offsets: expert e's rows in slices of R.
 """
 
 import nki
@@ -46,9 +47,13 @@ from matmul_tiles import (
     column_block,
     evict,
     live_rows,
+    mx_terms,
     psum_banks,
     quantize_rows,
+    quantize_tile,
+    split,
     spread_line,
+    term_columns,
 )
 
 K_TILE = 512
@@ -162,16 +167,14 @@ def gather(x, take, block, slots):
     return tiles
 
 
-def quantize_block(tiles, slots, banks, turn):
-    """Gathered rows as MXFP8 with k on partitions: (data [128, TH, slots] x4, scale [128, SH, slots], turn)."""
-    depth = tiles[0].shape[1] // K_TILE
-    data = nl.ndarray((PARTITIONS, depth, slots), nl.float8_e4m3fn_x4, buffer=nl.sbuf)
-    scale = nl.ndarray((PARTITIONS, ceil_div(depth, 4), slots), nl.uint8, buffer=nl.sbuf)
+def quantize_block(tiles, slots, x_terms, banks, turn):
+    """Gathered rows as MXFP8 with k on partitions: (terms of [128, TH, slots], turn)."""
+    terms = mx_terms(x_terms, tiles[0].shape[1] // K_TILE, slots, nl.float8_e4m3fn_x4)
     for i in range(len(tiles)):
         first = PARTITIONS * i
         last = first + tiles[i].shape[0]
-        turn = quantize_rows(tiles[i], 0, data[:, :, first:last], scale[:, :, first:last], banks, turn)
-    return data, scale, turn
+        turn = quantize_rows(tiles[i], 0, term_columns(terms, first, last), banks, turn)
+    return terms, turn
 
 
 def load_gate_up_bias(bias, expert, i_tiles, banks, turn):
@@ -204,19 +207,24 @@ def load_columns(w, s, kind, expert, start, n):
     return weights, scales
 
 
-def product(dst, loaded, column, data, scale):
-    """dst [128, slots] = 128 columns of w, transposed, times the block's rows: weights stationary, rows moving."""
+def product(dst, loaded, column, terms):
+    """dst [128, slots] = 128 columns of w, transposed, times the block's rows: weights stationary, rows moving.
+
+    The terms of a row meet the same weights one after the other and add up in the same bank.
+    """
     weights, weight_scales = loaded
     tiles = len(weights)
     for t in range(tiles):
-        nisa.nc_matmul_mx(
-            dst=dst,
-            stationary=weights[t][:, column : column + PARTITIONS],
-            moving=data[:, t, :],
-            stationary_scale=weight_scales[t // 4][4 * (t % 4) :, column : column + PARTITIONS],
-            moving_scale=scale[4 * (t % 4) :, t // 4, :],
-            accumulate=(t > 0),
-        )
+        for j in range(len(terms)):
+            data, scale = terms[j]
+            nisa.nc_matmul_mx(
+                dst=dst,
+                stationary=weights[t][:, column : column + PARTITIONS],
+                moving=data[:, t, :],
+                stationary_scale=weight_scales[t // 4][4 * (t % 4) :, column : column + PARTITIONS],
+                moving_scale=scale[4 * (t % 4) :, t // 4, :],
+                accumulate=(t + j > 0),
+            )
 
 
 def swiglu(dst, gate, up, gate_bias, up_bias, limit):
@@ -236,16 +244,15 @@ def swiglu(dst, gate, up, gate_bias, up_bias, limit):
     )
 
 
-def expert_inner(w, s, bias, kind, expert, word_bytes, data, scale, limit, inner, inner_scale, banks, turn):
-    """Gate and up of the block, swiglu, requantized: inner [128, TI, slots] x4, inner_scale [128, SI, slots]; next turn.
+def expert_inner(w, s, bias, kind, expert, word_bytes, terms, limit, inner, banks, turn):
+    """Gate and up of the block, swiglu, requantized into `inner`, terms of [128, TI, slots]; returns the next turn.
 
     Column order Quads puts channel 512 t + 4 p + q of both halves in partition p of product (t, q): the four results, written
     side by side, are the source of quantize_mx for the down projection. Nothing is transposed.
     """
-    i_tiles = inner.shape[1]
-    slots = inner.shape[2]
+    _, i_tiles, slots = inner[0][0].shape
     # Tiles of I whose weights load together: one would make runs of 1 KiB a partition with MXFP4.
-    together = max(1, min(LANES, WEIGHT_BYTES // (2 * K_TILE * data.shape[1] * word_bytes)))
+    together = max(1, min(LANES, WEIGHT_BYTES // (2 * K_TILE * w.shape[2] * word_bytes)))
     for t in range(i_tiles):
         if t % together == 0:
             width = K_TILE * min(together, i_tiles - t)
@@ -257,25 +264,23 @@ def expert_inner(w, s, bias, kind, expert, word_bytes, data, scale, limit, inner
             up = banks[(turn + 1) % BANKS][:, 0:slots]
             turn += 2
             column = K_TILE * (t % together) + PARTITIONS * q
-            product(gate, gate_weights, column, data, scale)
-            product(up, up_weights, column, data, scale)
+            product(gate, gate_weights, column, terms)
+            product(up, up_weights, column, terms)
             at = LANES * t + q
             up_at = LANES * i_tiles + at
             swiglu(quads[:, :, q], gate, up, bias[:, at : at + 1], bias[:, up_at : up_at + 1], limit)
-        nisa.quantize_mx(
-            dst=inner[:, t, :],
-            src=quads.reshape((PARTITIONS, slots * LANES)),
-            dst_scale=inner_scale[4 * (t % 4) :, t // 4, :],
-        )
+        parts = split(quads.reshape((PARTITIONS, slots * LANES)), len(inner))
+        for j in range(len(inner)):
+            inner_data, inner_scale = inner[j]
+            quantize_tile(inner_data, inner_scale, t, parts[j])
     return turn
 
 
-def expert_down(w, s, bias, kind, expert, word_bytes, inner, inner_scale, put, block, y, banks, turn):
+def expert_down(w, s, bias, kind, expert, word_bytes, inner, put, block, y, banks, turn):
     """y[put] = inner @ w_down + bias; returns the next turn. Weights move, so rows of y come out contiguous."""
     columns = w.shape[3]
     hidden = y.shape[1]
-    i_tiles = inner.shape[1]
-    slots = inner.shape[2]
+    _, i_tiles, slots = inner[0][0].shape
     step = column_block(ceil_div(slots, PARTITIONS), i_tiles * word_bytes, WEIGHT_BYTES)
     for start in range(0, hidden, step):
         width = min(step, hidden - start)
@@ -294,16 +299,18 @@ def expert_down(w, s, bias, kind, expert, word_bytes, inner, inner_scale, put, b
                     if t % 4 == 0:
                         weight_scales.append(load_scales(s, expert, t // 4, live_rows(i_tiles, t // 4), start, width))
                     weights.append(load_weights(w, kind, expert, t, start, width))
-                for i in range(ceil_div(width, BANK)):
-                    part = min(BANK, width - BANK * i)
-                    nisa.nc_matmul_mx(
-                        dst=banks[(first_bank + i) % BANKS][0:m, 0:part],
-                        stationary=inner[:, t, first : first + m],
-                        moving=weights[t][:, BANK * i : BANK * i + part],
-                        stationary_scale=inner_scale[4 * (t % 4) :, t // 4, first : first + m],
-                        moving_scale=weight_scales[t // 4][4 * (t % 4) :, BANK * i : BANK * i + part],
-                        accumulate=(t > 0),
-                    )
+                for j in range(len(inner)):
+                    inner_data, inner_scale = inner[j]
+                    for i in range(ceil_div(width, BANK)):
+                        part = min(BANK, width - BANK * i)
+                        nisa.nc_matmul_mx(
+                            dst=banks[(first_bank + i) % BANKS][0:m, 0:part],
+                            stationary=inner_data[:, t, first : first + m],
+                            moving=weights[t][:, BANK * i : BANK * i + part],
+                            stationary_scale=inner_scale[4 * (t % 4) :, t // 4, first : first + m],
+                            moving_scale=weight_scales[t // 4][4 * (t % 4) :, BANK * i : BANK * i + part],
+                            accumulate=(t + j > 0),
+                        )
             result = nl.ndarray((real, width), y.dtype, buffer=nl.sbuf)
             for i in range(ceil_div(width, BANK)):
                 at = BANK * i
@@ -336,11 +343,13 @@ def grouped_matmul_mx(
     w_element="e2m1",
     limit=7.0,
     out="bf16",
+    x_terms=1,
 ):
     """The experts' MLPs on blocks of gathered rows; see the module's docstring."""
     assert w_element in ("e4m3fn", "e5m2", "e2m1"), f"w_element: got {w_element}, need e4m3fn, e5m2 or e2m1"
     assert out in ("f32", "bf16"), f"out: got {out}, need f32 or bf16"
     assert limit > 0.0, f"limit: got {limit}, need more than 0"
+    assert x_terms in (1, 2), f"x_terms: got {x_terms}, need 1 or 2"
     kind = nl.float8_e4m3fn_x4
     word = nl.uint32
     if w_element == "e2m1":
@@ -374,21 +383,16 @@ def grouped_matmul_mx(
     take_rows = load_slots(take)
     put_rows = load_slots(put)
     rows = gather(x, take_rows, 0, slots)
-    data, scale, turn = quantize_block(rows, slots, banks, turn)
+    terms, turn = quantize_block(rows, slots, x_terms, banks, turn)
     for block in range(blocks):
         expert = experts[0:1, block : block + 1]
         bias, turn = load_gate_up_bias(b_gate_up, expert, i_tiles, banks, turn)
         if block + 1 < blocks:
             rows = gather(x, take_rows, block + 1, slots)
-        inner = nl.ndarray((PARTITIONS, i_tiles, slots), nl.float8_e4m3fn_x4, buffer=nl.sbuf)
-        inner_scale = nl.ndarray((PARTITIONS, ceil_div(i_tiles, 4), slots), nl.uint8, buffer=nl.sbuf)
-        turn = expert_inner(
-            w_gate_up, s_gate_up, bias, kind, expert, word_bytes, data, scale, limit, inner, inner_scale, banks, turn
-        )
+        inner = mx_terms(x_terms, i_tiles, slots, nl.float8_e4m3fn_x4)
+        turn = expert_inner(w_gate_up, s_gate_up, bias, kind, expert, word_bytes, terms, limit, inner, banks, turn)
         # The next block's rows are ready by now; TensorE turns them before the down projection, which then hides the rest.
         if block + 1 < blocks:
-            data, scale, turn = quantize_block(rows, slots, banks, turn)
-        turn = expert_down(
-            w_down, s_down, b_down, kind, expert, word_bytes, inner, inner_scale, put_rows, block, y, banks, turn
-        )
+            terms, turn = quantize_block(rows, slots, x_terms, banks, turn)
+        turn = expert_down(w_down, s_down, b_down, kind, expert, word_bytes, inner, put_rows, block, y, banks, turn)
     return y

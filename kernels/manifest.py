@@ -191,7 +191,11 @@ class _Call:
         for row in self.entry["outputs"]:
             short = self.parameters.get(row["dtype"].removeprefix("value of "), row["dtype"])
             (extents,) = alternatives(row["shape"])
-            dtype = next(nki for nki, (nrt, _) in TYPES.items() if nrt == short)
+            same = row["dtype"].removeprefix("dtype of ")
+            if same in self.tensors:
+                dtype = self.tensors[same][0]
+            else:
+                dtype = next(nki for nki, (nrt, _) in TYPES.items() if nrt == short)
             outputs[row["name"]] = (dtype, tuple(self._of(e, {}) for e in extents))
         return {"dims": self.dims, "outputs": outputs}
 

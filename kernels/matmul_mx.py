@@ -17,6 +17,7 @@ Arguments
     bias     None or [1, C], float32 or bfloat16
     m, n     M of a packed x and N; None for R and C
     w_element, x_element  "e4m3fn", "e5m2" or "e2m1"
+    x_terms  MXFP8 terms of a bfloat16 x: 1 rounds it, 2 (e4m3fn) keeps all its bits (`split` in matmul_tiles.py)
     out      "f32" or "bf16"
 Returns y [M, N], summed in float32.
 """
@@ -35,6 +36,7 @@ from matmul_tiles import (
     evict,
     live_rows,
     load_scales,
+    mx_terms,
     psum_banks,
     quantize_rows,
     spread_row,
@@ -94,12 +96,11 @@ def check(x, w, w_scale, x_scale, bias, m, n):
     return m, n, tiles
 
 
-def quantized_rows(x, kind, row, m, tiles, banks, turn):
-    """Rows row..row+m of bf16 x as MXFP8; returns (data, scale, turn). An odd m gets one more row of zeros."""
+def quantized_rows(x, kind, x_terms, row, m, tiles, banks, turn):
+    """Rows row..row+m of bf16 x as MXFP8; returns (terms, turn). An odd m gets one more row of zeros."""
     even = m + m % 2
     k = x.shape[1]
-    data = nl.ndarray((PARTITIONS, tiles, even), kind, buffer=nl.sbuf)
-    scale = nl.ndarray((PARTITIONS, ceil_div(tiles, 4), even), nl.uint8, buffer=nl.sbuf)
+    terms = mx_terms(x_terms, tiles, even, kind)
     for first in range(0, tiles, PIECE):
         width = 512 * min(PIECE, tiles - first)
         have = min(width, k - 512 * first)
@@ -109,16 +110,16 @@ def quantized_rows(x, kind, row, m, tiles, banks, turn):
         elif have < width:
             clear(rows[:, have:width])
         nisa.dma_copy(dst=rows[0:m, 0:have], src=x[row : row + m, 512 * first : 512 * first + have])
-        turn = quantize_rows(rows, first, data, scale, banks, turn)
-    return data, scale, turn
+        turn = quantize_rows(rows, first, terms, banks, turn)
+    return terms, turn
 
 
 def packed_rows(x, kind, x_scale, row, m):
-    """Columns row..row+m of a packed x, one more if m is odd."""
+    """Columns row..row+m of a packed x, one more if m is odd: one term."""
     even = m + m % 2
     data = nl.ndarray((PARTITIONS, x.shape[1], even), kind, buffer=nl.sbuf)
     nisa.dma_copy(dst=data, src=x.view(kind)[:, :, row : row + even])
-    return data, load_scales(x_scale, 0, x_scale.shape[1], live_rows(x.shape[1], 0), row, even)
+    return [(data, load_scales(x_scale, 0, x_scale.shape[1], live_rows(x.shape[1], 0), row, even))]
 
 
 def load_weights(w, kind, t, start, n):
@@ -129,7 +130,19 @@ def load_weights(w, kind, t, start, n):
 
 
 @nki.jit
-def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element="e2m1", x_element="e4m3fn", out="bf16"):
+def matmul_mx(
+    x,
+    w,
+    w_scale,
+    x_scale=None,
+    bias=None,
+    m=None,
+    n=None,
+    w_element="e2m1",
+    x_element="e4m3fn",
+    out="bf16",
+    x_terms=1,
+):
     """y = x @ w + bias; see the module's docstring."""
     m_all, n_all, tiles = check(x, w, w_scale, x_scale, bias, m, n)
     assert out in ("f32", "bf16"), f"out: got {out}, need f32 or bf16"
@@ -138,13 +151,16 @@ def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element=
     assert not (on_device and x_element == "e2m1"), (
         "x_element: got e2m1 with bfloat16 x, need e4m3fn or e5m2 (what the device quantizes to)"
     )
+    assert x_terms == 1 or (x_terms == 2 and on_device and x_element == "e4m3fn"), (
+        f"x_terms: got {x_terms}, need 1, or 2 with bfloat16 x and e4m3fn"
+    )
     x_kind = x4_type(x_element, nl.uint32 if on_device else x.dtype, "x")
     kind = nl.float32 if out == "f32" else nl.bfloat16
     y = nl.ndarray((m_all, n_all), kind, buffer=nl.shared_hbm)
     banks = psum_banks()
     turn = 0
     word = 2 if w_element == "e2m1" else 4
-    resident = max(1, ROW_BYTES // (tiles * PARTITIONS * 5))
+    resident = max(1, ROW_BYTES // (tiles * PARTITIONS * 5 * x_terms))
     group = min(ceil_div(m_all, PARTITIONS), resident) * PARTITIONS
     for group_row in range(0, m_all, group):
         row_tiles = ceil_div(min(group, m_all - group_row), PARTITIONS)
@@ -155,7 +171,6 @@ def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element=
         weights = []
         scales = []
         rows = []
-        row_scales = []
         for number in range(blocks):
             start = step * number
             width = min(step, n_all - start)
@@ -168,11 +183,10 @@ def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element=
                     row = group_row + PARTITIONS * len(rows)
                     count = min(PARTITIONS, m_all - row)
                     if on_device:
-                        data, scale, turn = quantized_rows(x, x_kind, row, count, tiles, banks, turn)
+                        terms, turn = quantized_rows(x, x_kind, x_terms, row, count, tiles, banks, turn)
                     else:
-                        data, scale = packed_rows(x, x_kind, x_scale, row, count)
-                    rows.append(data)
-                    row_scales.append(scale)
+                        terms = packed_rows(x, x_kind, x_scale, row, count)
+                    rows.append(terms)
                 row = group_row + PARTITIONS * r
                 count = min(PARTITIONS, m_all - row)
                 even = count + count % 2
@@ -189,17 +203,19 @@ def matmul_mx(x, w, w_scale, x_scale=None, bias=None, m=None, n=None, w_element=
                         weights.append(load_weights(w, w_kind, next_tile, later, columns))
                     tile = weights[number * tiles + t]
                     tile_scale = scales[number * ceil_div(tiles, 4) + t // 4]
-                    # One stationary load serves the whole column block.
-                    for i in range(ceil_div(width, BANK)):
-                        part = min(BANK, width - BANK * i)
-                        nisa.nc_matmul_mx(
-                            dst=banks[(first_bank + i) % BANKS][0:even, 0:part],
-                            stationary=rows[r][:, t, :],
-                            moving=tile[:, BANK * i : BANK * i + part],
-                            stationary_scale=row_scales[r][4 * (t % 4) :, t // 4, :],
-                            moving_scale=tile_scale[4 * (t % 4) :, 0, BANK * i : BANK * i + part],
-                            accumulate=(t > 0),
-                        )
+                    # One stationary load serves the whole column block; both terms of x meet the same weights.
+                    for j in range(x_terms):
+                        data, scale = rows[r][j]
+                        for i in range(ceil_div(width, BANK)):
+                            part = min(BANK, width - BANK * i)
+                            nisa.nc_matmul_mx(
+                                dst=banks[(first_bank + i) % BANKS][0:even, 0:part],
+                                stationary=data[:, t, :],
+                                moving=tile[:, BANK * i : BANK * i + part],
+                                stationary_scale=scale[4 * (t % 4) :, t // 4, :],
+                                moving_scale=tile_scale[4 * (t % 4) :, 0, BANK * i : BANK * i + part],
+                                accumulate=(t + j > 0),
+                            )
                 result = nl.ndarray((count, width), kind, buffer=nl.sbuf)
                 for i in range(ceil_div(width, BANK)):
                     at = BANK * i

@@ -13,6 +13,7 @@ PARTITIONS = 128
 BANKS = 8  # PSUM banks of a partition
 BANK = 512  # float32 of one bank
 QUADRANT_ROWS = 16  # scale rows of a quadrant: four k tiles of four groups
+HIGH_BITS = 0xFFF0  # sign, exponent and the upper three mantissa bits of a bfloat16: what float8_e4m3fn holds
 
 
 def ceil_div(a, b):
@@ -113,11 +114,56 @@ def load_scales(scales, first, last, rows, start, n):
     return out
 
 
-def quantize_rows(rows, start_tile, data, scale, banks, turn):
+def mx_terms(count, tiles, columns, kind):
+    """SBUF of an MXFP8 operand in `count` terms: (data [128, T, columns] x4, scale [128, ceil(T / 4), columns] u8) of each."""
+    terms = []
+    for _ in range(count):
+        data = nl.ndarray((PARTITIONS, tiles, columns), kind, buffer=nl.sbuf)
+        scale = nl.ndarray((PARTITIONS, ceil_div(tiles, 4), columns), nl.uint8, buffer=nl.sbuf)
+        terms.append((data, scale))
+    return terms
+
+
+def term_columns(terms, first, last):
+    """Columns first..last of the terms."""
+    part = []
+    for data, scale in terms:
+        part.append((data[:, :, first:last], scale[:, :, first:last]))
+    return part
+
+
+def split(values, count):
+    """bf16 values [128, n] as `count` bf16 terms: themselves, or two of at most four significant bits each.
+
+    high is the value without its last four mantissa bits and low the rest; neither rounds, so high + low is the value.
+    float8_e4m3fn holds four bits. With e the exponent of the largest magnitude of a scale group, low's group has exponent
+    e - 4 or less, and quantize_mx (exponent e - 7) keeps both terms of every element of at least 2^(e - 13) exactly; of a
+    smaller one it loses at most 2^(e - 17) + 2^(e - 21). Under the `ocp` rule of the block scale (exponent e - 8) the limits
+    are half of these, but a term of 1.875 times its group's power of two saturates (480 to 448) and loses a fifteenth.
+    """
+    if count == 1:
+        return [values]
+    high = nl.ndarray(values.shape, nl.bfloat16, buffer=nl.sbuf)
+    nisa.tensor_scalar(
+        dst=high.view(nl.uint16), data=values.view(nl.uint16), op0=nl.bitwise_and, operand0=HIGH_BITS,
+        engine=nisa.engine.vector,
+    )  # fmt: skip
+    low = nl.ndarray(values.shape, nl.bfloat16, buffer=nl.sbuf)
+    nisa.tensor_tensor(dst=low, data1=values, data2=high, op=nl.subtract, engine=nisa.engine.vector)
+    return [high, low]
+
+
+def quantize_tile(dst, scale, t, values):
+    """k tile t of one term, dst [128, T, m] x4 and scale [128, ceil(T / 4), m], from values [128, 4 m]."""
+    nisa.quantize_mx(dst=dst[:, t, :], src=values, dst_scale=scale[4 * (t % 4) :, t // 4, :])
+
+
+def quantize_rows(rows, start_tile, terms, banks, turn):
     """MXFP8 of bf16 rows [m, 512 c] in SBUF, contraction on partitions; returns the next turn.
 
-    They are k tiles start_tile..start_tile+c of data [128, T, m] x4 and scale [128, ceil(T / 4), m] u8: element
-    512 t + 4 p + q of row i goes to lane q of data[p, t, i]. A bf16 pair moves through TensorE as one float32: stride 2 over
+    `terms` holds one or two pairs (`mx_terms`); see `split` for what two give. The rows are k tiles start_tile..start_tile+c
+    of data [128, T, m] x4 and scale [128, ceil(T / 4), m] u8 of each: element 512 t + 4 p + q of row i goes to lane q of
+    data[p, t, i]. A bf16 pair moves through TensorE as one float32: stride 2 over
     pairs puts pair 0 and pair 1 of each quad on the same partition, so one k tile takes two transposes and no element is
     touched twice.
     """
@@ -138,13 +184,10 @@ def quantize_rows(rows, start_tile, data, scale, banks, turn):
         quads = nl.ndarray((PARTITIONS, 2 * m * count), nl.float32, buffer=nl.sbuf)
         # ScalarE: VectorE has the quantization itself to do.
         nisa.tensor_copy(dst=quads, src=bank[:, 0 : 2 * m * count], engine=nisa.engine.scalar)
-        values = quads.view(nl.bfloat16)
+        parts = split(quads.view(nl.bfloat16), len(terms))
         for i in range(count):
-            t = start_tile + first + i
-            nisa.quantize_mx(
-                dst=data[:, t, :],
-                src=values[:, 4 * m * i : 4 * m * (i + 1)],
-                dst_scale=scale[4 * (t % 4) :, t // 4, :],
-            )
+            for j in range(len(terms)):
+                data, scale = terms[j]
+                quantize_tile(data, scale, start_tile + first + i, parts[j][:, 4 * m * i : 4 * m * (i + 1)])
         turn += 1
     return turn

@@ -36,6 +36,43 @@ def quantize(x, element: str, rule: str = "neuron"):
     return encode(x, scale, element), scale
 
 
+def terms(x, count: int):
+    """bf16 values [M, K] as `count` terms: themselves, or the sign, exponent and upper three mantissa bits and the rest."""
+    x = np.asarray(x).astype(ml_dtypes.bfloat16)
+    if count == 1:
+        return [x.astype(np.float64)]
+    high = (x.view(np.uint16) & np.uint16(0xFFF0)).view(ml_dtypes.bfloat16).astype(np.float64)
+    return [high, x.astype(np.float64) - high]
+
+
+def quantized(x, element: str, rule: str | None, count: int = 1):
+    """What the device makes of bf16 x [M, K] in `count` terms, in float64; with rule None, x as it is."""
+    if rule is None:
+        return np.asarray(x, np.float64)
+    return sum(dequantize(*quantize(part, element, rule), element) for part in terms(x, count))
+
+
+def terms_error(x, rule: str | None, least=None):
+    """How far two e4m3fn terms of bf16 values may be from x [M, K], of which only magnitudes up to |x| are known.
+
+    `least`, if given, are magnitudes that x has at least. With e the exponent of a group's maximum: nothing is lost of an
+    element of at least 2^(e - 13); below that half a step of each term, 2^(e - 17) and 2^(e - 21). `ocp` halves both and
+    saturates a term of 1.875 times its group's power of two (480 to 448), which takes a fifteenth of it: of the high term only
+    where |x| >= 1.875 2^e, of the low one (below an eighth of the element) anywhere.
+    """
+    x = np.abs(np.asarray(x, np.float64))
+    least = x if least is None else np.abs(np.asarray(least, np.float64))
+    groups = lambda v: v.reshape(x.shape[0], -1, 32).max(axis=2).repeat(32, axis=1)  # noqa: E731
+    power = lambda v: np.where(v > 0, np.exp2(np.floor(np.log2(np.where(v > 0, v, 1.0)))), 0.0)  # noqa: E731
+    top, lowest_top = power(groups(x)), power(groups(least))
+    shift = 1 if rule == "ocp" else 0
+    small = (x > 0) & (least < top * 2.0 ** (-13 - shift))
+    error = np.where(small, top * (2.0 ** (-17 - shift) + 2.0 ** (-21 - shift)), 0.0)
+    if rule == "ocp":
+        error = error + x / 120.0 + np.where(x >= 1.875 * lowest_top, x / 15.0, 0.0)
+    return error
+
+
 def with_scale(x, scale, element: str):
     """x rounded to the grid of its groups' scales."""
     return dequantize(encode(x, scale, element), scale, element)

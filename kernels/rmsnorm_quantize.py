@@ -210,7 +210,7 @@ def rmsnorm_quantize_mx(x, gamma, eps=1e-5, element="e4m3fn"):
             operand1=weight[:m],
         )  # fmt: skip
         at = nl.ds(start - group, even)
-        turn = quantize_rows(rows, 0, data[:, :, at], scale[:, :, at], banks, turn)
+        turn = quantize_rows(rows, 0, [(data[:, :, at], scale[:, :, at])], banks, turn)
         if start + even < group + here:
             continue
         nisa.dma_copy(dst=data_out.view(kind)[:, :, group : group + here], src=data)

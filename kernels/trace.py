@@ -14,6 +14,9 @@ For every example two files are written:
   `out.NAME@ocp` under the other documented block scale of `quantize_mx`), as bytes. Where an executor may sum in another
   order, `bound.NAME` (float64, element by element) says how far from that output it may be; without it, not at all.
 
+An input that the kernel changes in place is an output too, the same tensor under the same name; other outputs are
+`output_0`, `output_1`... by their place among what the kernel returns.
+
 For every shape of LARGE one file is written, `programs/large/KERNEL.TARGET.SHAPE.json`: a program without data, for the cost
 model. `--kernel` prints such a program (or writes it, with `--out DIR`). What a shape of a kernel may say is in
 `kernels/shapes.toml`. It exits with 2 if the shape says something else, and with 3 if the kernel refuses it; the last line
@@ -211,7 +214,9 @@ def program(example: Example, with_data: bool = True) -> tuple[dict, dict[str, n
     storages = {s.id: s for s in core.storages}
     inputs = [s for s in core.storages if s.kind == "input" or (s.kind == "output" and s.name in after)]
     ports_in = [{"name": s.name, "tensor": numbers.tensor(s.id)} for s in inputs]
-    ports_out = [{"name": f"output_{i}", "tensor": numbers.tensor(_whole(t, example))} for i, t in enumerate(tensors)]
+    names = {p["tensor"]: p["name"] for p in ports_in}
+    whole = [numbers.tensor(_whole(t, example)) for t in tensors]
+    ports_out = [{"name": names.get(number, f"output_{i}"), "tensor": number} for i, number in enumerate(whole)]
     returned = {p["tensor"] for p in ports_out}
     ports_out += [p for p, s in zip(ports_in, inputs) if s.dirty and p["tensor"] not in returned]
     instructions = [_instruction(i, numbers) for i in core.instructions]

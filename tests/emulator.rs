@@ -6,7 +6,7 @@ mod programs;
 use programs::{all, kernels, large, values};
 use sha2::{Digest, Sha256};
 use trn_kernels::quant::ScaleRule;
-use trn_kernels::trainium::emulator::Options;
+use trn_kernels::trainium::emulator::{Limits, Options, Program};
 
 /// Both documented block scales of `quantize_mx`, with the suffix of their outputs.
 const RULES: [(ScaleRule, &str); 2] = [(ScaleRule::Trainium, ""), (ScaleRule::Floor, "@ocp")];
@@ -52,6 +52,37 @@ fn no_program_is_older_than_its_kernel() {
             assert_eq!(&now, sha256, "{name}: {file} has changed; run `python kernels/trace.py --all`");
         }
     }
+}
+
+/// The set of programs that `generate` needs on a device: each loads, is current, and is what its manifest says.
+#[test]
+fn programs_of_the_tiny_model_are_current() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tiny-gpt-oss-programs");
+    let hex = |bytes: &[u8]| -> String { Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect() };
+    let manifest = std::fs::read_to_string(folder.join("manifest.toml")).unwrap();
+    let again = "run `python kernels/build.py kernels/sets/tiny_gpt_oss.toml --programs --out tests/data/tiny-gpt-oss-programs`";
+    let mut found = 0;
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if name == "manifest.toml" {
+            continue;
+        }
+        let json = std::fs::read(&path).unwrap();
+        let listed = format!("file = \"{name}\"\nsha256 = \"{}\"", hex(&json));
+        assert!(manifest.contains(&listed), "{name} is not in the manifest; {again}");
+        let program = Program::from_json(&json, &Limits::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        for (file, sha256) in program.sources() {
+            assert_eq!(
+                &hex(&std::fs::read(kernels().join(file)).unwrap()),
+                sha256,
+                "{name}: {file} has changed; {again}"
+            );
+        }
+        found += 1;
+    }
+    assert_eq!(manifest.matches("[[neff]]").count(), found, "{again}");
+    assert!(found > 0);
 }
 
 #[test]

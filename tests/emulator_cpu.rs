@@ -13,7 +13,9 @@ use programs::{Checked, values};
 use random::Rng;
 use trn_kernels::attention::oracle::{self as attention_oracle, Reference};
 use trn_kernels::attention::{AttentionOut, AttentionSpec, Queries, RaggedKv, plan_decode};
-use trn_kernels::kv::{KvFormat, KvPlane, KvScale, KvShape, PageTable, PagedKv};
+use trn_kernels::kv::{
+    KvConfig, KvFormat, KvPlane, KvPool, KvScale, KvSequence, KvShape, PageTable, PagedKv, append_kv,
+};
 use trn_kernels::matmul::oracle::{self, Expected, OutputType};
 use trn_kernels::matmul::{Activation, Activations, MatmulOptions};
 use trn_kernels::num::Fp8;
@@ -114,6 +116,7 @@ fn matmul_mx_from_checkpoint_weights() {
         let k = if packed_x { 512 * x_shape[1] } else { x_shape[1] };
         let scheme = mx_scheme(&parameter::<String>(checked, "w_element"));
         let x_scheme = mx_scheme(&parameter::<String>(checked, "x_element"));
+        let terms = parameter::<u32>(checked, "x_terms");
         let w = random_matrix(rng, n, k, scheme);
         let layout = MxLayout::of(&w.view()).unwrap();
         assert_eq!(layout.data_shape(), checked.shape(checked.input("w")), "{}", checked.name);
@@ -122,7 +125,14 @@ fn matmul_mx_from_checkpoint_weights() {
         let bias = bias(checked, rng, n);
         let options = MatmulOptions { bias: bias.as_ref().map(|b| &b.0[..]), ..MatmulOptions::default() };
         for rule in [ScaleRule::Trainium, ScaleRule::Floor] {
-            let x: Vec<bf16> = rng.wide(m * k, -2..=2).into_iter().map(bf16::from_f32).collect();
+            let mut x: Vec<bf16> = rng.wide(m * k, -2..=2).into_iter().map(bf16::from_f32).collect();
+            if terms == 2 {
+                // Two terms are the value where it is not far below the group's maximum, under the documented rule.
+                if rule == ScaleRule::Floor {
+                    continue;
+                }
+                x.iter_mut().filter(|v| v.to_f32().abs() < 0.01).for_each(|v| *v = bf16::ZERO);
+            }
             let quantize_options = QuantizeOptions { rule, ..QuantizeOptions::default() };
             let quantized = quantize(MatRef::new(&x, m, k).unwrap(), x_scheme, &quantize_options).unwrap();
             let mut inputs = vec![("w", packed.data().to_vec()), ("w_scale", packed.scales().to_vec())];
@@ -140,11 +150,15 @@ fn matmul_mx_from_checkpoint_weights() {
                 inputs.push(("bias", bytes.clone()));
             }
             let output = output_type(checked);
-            let x = quantized.view();
-            let expected = oracle::matmul(&x, &w.view(), &options, &[], output).unwrap();
+            let quantized = quantized.view();
+            let x = match terms {
+                1 => Activations::Quantized(&quantized),
+                _ => Activations::Bf16(MatRef::new(&x, m, k).unwrap()),
+            };
+            let expected = oracle::matmul(x, &w.view(), &options, &[], output).unwrap();
             let device = emulate(checked, &inputs, rule);
             assert_eq!(outside(&device, &expected), 0, "{} {rule:?} on the emulator", checked.name);
-            let cpu = on_cpu(Activations::Quantized(&x), &w.view(), &options, output);
+            let cpu = on_cpu(x, &w.view(), &options, output);
             assert_eq!(outside(&cpu, &expected), 0, "{} {rule:?} on the CPU", checked.name);
 
             // The comparison can fail: scale rows of the first quadrant moved by one group.
@@ -358,5 +372,58 @@ fn attention_prefill_on_its_own_data() {
         let y = AttentionOut { out: HeadsMut::new(&mut out, indptr[batch], heads, dim).unwrap(), lse: None };
         Cpu::detect().prefill(&spec, queries, kv, y, &mut Workspace::new()).unwrap();
         check_attention(&checked, &reference, &out);
+    }
+}
+
+/// An append in place: the caches that come back are this crate's own after `append_kv`, byte for byte.
+#[test]
+fn kv_append_into_the_same_pages() {
+    let checked = programs::of("kv_append").into_iter().find(|c| c.name.ends_with(".bf16")).expect("a bf16 cache");
+    let [pages, page_size, heads, dim] = checked.shape(checked.input("k_cache")).try_into().unwrap();
+    let tokens = checked.shape(checked.input("k"))[0];
+    for before in 0..page_size {
+        // A neighbour takes the first page; the last row of the bucket is padding.
+        let new = tokens - 1;
+        let mut pool = KvPool::new(KvConfig::new(KvFormat::Bf16, 1, pages, page_size, heads, dim)).unwrap();
+        let (mut neighbour, mut sequence) = (KvSequence::new(&pool), KvSequence::new(&pool));
+        neighbour.grow(&mut pool, 1).unwrap();
+        let rng = &mut Rng(before as u64);
+        let mut rows = |n: usize| -> Vec<bf16> { (0..n * heads * dim).map(|_| bf16::from_f32(rng.normal())).collect() };
+        let mut append = |pool: &mut KvPool, n: usize, k: &[bf16], v: &[bf16]| {
+            sequence.grow(pool, n).unwrap();
+            let table = PageTable::from_sequences([&sequence]).unwrap();
+            let part = |x| HeadsRef::new(x, n, heads, dim).unwrap();
+            append_kv(pool, 0, &table, &[0, n], part(&k[..n * heads * dim]), part(&v[..n * heads * dim])).unwrap();
+            sequence.pages().to_vec()
+        };
+        append(&mut pool, before, &rows(before), &rows(before));
+        let codes = |pool: &KvPool| {
+            let kv = pool.layer(0).unwrap();
+            [kv.k().codes.to_vec(), kv.v().codes.to_vec()]
+        };
+        let [k_cache, v_cache] = codes(&pool);
+        let (k, v) = (rows(tokens), rows(tokens));
+        let at = append(&mut pool, new, &k, &v);
+        let slot = |i: usize| at[i / page_size] as i32 * page_size as i32 + (i % page_size) as i32;
+        let slots: Vec<i32> = (before..before + new).map(slot).chain([-1]).collect();
+
+        let bytes = |x: &[bf16]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let inputs = [
+            ("k", bytes(&k)),
+            ("v", bytes(&v)),
+            ("slots", slots.iter().flat_map(|s| s.to_le_bytes()).collect()),
+            ("k_cache", k_cache),
+            ("v_cache", v_cache),
+        ];
+        let kept = inputs.clone();
+        let find = |name: &str| inputs.iter().find(|(n, _)| *n == name).map(|(_, b)| b.as_slice()).unwrap();
+        let ordered: Vec<&[u8]> = checked.program.inputs().iter().map(|p| find(&p.name)).collect();
+        let got = checked.program.run(&ordered, &Options::default()).unwrap();
+        assert_eq!(got, codes(&pool), "{before} tokens before");
+        assert!(inputs == kept, "a run changed the caller's bytes");
+    }
+    // What is changed in place is one tensor under one name, on both sides.
+    for port in checked.program.outputs() {
+        assert_eq!(checked.input(&port.name).tensor, port.tensor);
     }
 }

@@ -317,7 +317,8 @@ fn help_teaches_with_examples_that_work() {
         }
     }
     assert!(ran >= 3, "{help}");
-    for kernel in ["matmul_fp8", "matmul_mx", "grouped_matmul_mx", "attention_decode", "attention_prefill"] {
+    for kernel in ["matmul_fp8", "matmul_mx", "grouped_matmul_mx", "attention_decode", "attention_prefill", "kv_append"]
+    {
         assert!(help.contains(&format!("  {kernel} (trn")), "{kernel}: {help}");
     }
     assert!(help.contains("m (rows of x, tokens), n (columns of y), k (contraction)"), "{help}");

@@ -58,11 +58,12 @@ def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
     batch, hq, hkv, d, pages, page = (dims[name] for name in ("b", "hq", "hkv", "d", "m", "s"))
     dtype = CACHES[dims["cache"]]
     one = None if dtype == BF16 else np.ones(1, np.float32)
+    pool = dims["n"] or batch * pages
     return {
         "q": np.zeros((batch, hq, d), BF16),
-        "k_cache": np.zeros((batch * pages, page, hkv, d), dtype),
-        "v_cache": np.zeros((batch * pages, page, hkv, d), dtype),
-        "block_table": np.arange(batch * pages, dtype=np.int32).reshape(batch, pages),
+        "k_cache": np.zeros((pool, page, hkv, d), dtype),
+        "v_cache": np.zeros((pool, page, hkv, d), dtype),
+        "block_table": (np.arange(batch * pages, dtype=np.int32) % max(pool, 1)).reshape(batch, pages),
         "context_lens": np.full(batch, pages * page, np.int32),
         "sinks": np.zeros(hq, np.float32) if dims["sinks"] == "yes" else None,
         "sm_scale": float(np.float32(max(d, 1) ** -0.5)),

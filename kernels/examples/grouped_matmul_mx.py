@@ -7,8 +7,11 @@ import mx_ref
 from trace import Example
 
 BF16 = ml_dtypes.bfloat16
-# name: expert row offsets, slots of a block, hidden, intermediate, weight element, out
-CASES = {"mxfp4": ((0, 2, 7), 4, 64, 96, "e2m1", "bf16")}
+# name: expert row offsets, slots of a block, hidden, intermediate, weight element, out, terms of x
+CASES = {
+    "mxfp4": ((0, 2, 7), 4, 64, 96, "e2m1", "bf16", 1),
+    "two_terms": ((0, 2, 7), 4, 64, 96, "e2m1", "bf16", 2),
+}
 
 
 def examples() -> list[Example]:
@@ -17,7 +20,7 @@ def examples() -> list[Example]:
 
 
 def _example(name: str, case: tuple, seed: int) -> Example:
-    offsets, slots, hidden, inter, element, out = case
+    offsets, slots, hidden, inter, element, out, x_terms = case
     rng = np.random.default_rng(seed)
     experts, rows = len(offsets) - 1, offsets[-1]
     gate_up, down = [], []
@@ -43,6 +46,7 @@ def _example(name: str, case: tuple, seed: int) -> Example:
         "w_element": element,
         "limit": 7.0,
         "out": out,
+        "x_terms": x_terms,
     }
     # Each executor is within the kernel's own bound of the exact result under either rule of the block scale.
     apart = np.maximum(ref.bound(**args, rule="neuron"), ref.bound(**args, rule="ocp"))
@@ -56,8 +60,9 @@ def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
     word = np.uint16 if dims["w_element"] == "e2m1" else np.uint32
     scales = lambda tiles, c: np.zeros((experts, 64, -(-tiles // 4), c), np.uint8)  # noqa: E731
     slots = np.arange(blocks * rows, dtype=np.int32).reshape(blocks, rows)
+    rows_in, rows_out = dims["x"] or blocks * rows, dims["y"] or blocks * rows
     return {
-        "x": np.zeros((blocks * rows, hidden), BF16),
+        "x": np.zeros((rows_in, hidden), BF16),
         "take": slots,
         "put": slots.copy(),
         "block_expert": (np.arange(blocks, dtype=np.int32) % max(experts, 1)).reshape(1, blocks),
@@ -67,9 +72,10 @@ def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
         "w_down": np.zeros((experts, 128, i_tiles, columns), word),
         "s_down": scales(i_tiles, columns),
         "b_down": np.zeros((experts, columns), BF16),
-        "rows_out": blocks * rows,
+        "rows_out": rows_out,
         "intermediate": inter,
         "w_element": dims["w_element"],
         "limit": 7.0,
         "out": dims["out"],
+        "x_terms": int(dims["x_terms"]),
     }

@@ -6,12 +6,13 @@ import matmul_mx_ref as ref
 import mx_ref
 from trace import FLOATS, Example
 
-# name: M, K, N, w element, x element, x packed, bias, out
+# name: M, K, N, w element, x element, x packed, bias, out, terms of x
 CASES = {
-    "mxfp4": (5, 320, 70, "e2m1", "e4m3fn", False, None, "f32"),
-    "mxfp4_bf16": (34, 544, 48, "e2m1", "e5m2", False, ml_dtypes.bfloat16, "bf16"),
-    "mxfp8": (3, 1056, 40, "e4m3fn", "e4m3fn", False, None, "f32"),
-    "packed": (8, 512, 64, "e5m2", "e2m1", True, np.float32, "f32"),
+    "mxfp4": (5, 320, 70, "e2m1", "e4m3fn", False, None, "f32", 1),
+    "mxfp4_bf16": (34, 544, 48, "e2m1", "e5m2", False, ml_dtypes.bfloat16, "bf16", 1),
+    "mxfp8": (3, 1056, 40, "e4m3fn", "e4m3fn", False, None, "f32", 1),
+    "packed": (8, 512, 64, "e5m2", "e2m1", True, np.float32, "f32", 1),
+    "two_terms": (6, 256, 64, "e4m3fn", "e4m3fn", False, np.float32, "f32", 2),
 }
 
 
@@ -21,7 +22,7 @@ def examples() -> list[Example]:
 
 
 def _example(name: str, case: tuple, seed: int) -> Example:
-    m, k, n, w_element, x_element, packed, bias, out = case
+    m, k, n, w_element, x_element, packed, bias, out, x_terms = case
     rng = np.random.default_rng(seed)
     spread = lambda rows: np.exp2(rng.integers(-6, 7, (rows, k // 32))).repeat(32, axis=1)  # noqa: E731
     w, w_scale = mx_ref.pack(*mx_ref.quantize(rng.standard_normal((n, k)) * spread(n), w_element, "ocp"), w_element)
@@ -39,6 +40,7 @@ def _example(name: str, case: tuple, seed: int) -> Example:
         "w_element": w_element,
         "x_element": x_element,
         "out": out,
+        "x_terms": x_terms,
     }
     # Each executor is within the kernel's own bound of the exact result; the rule of the block scale changes both alike.
     apart = np.maximum(ref.bound(**args, rule="neuron"), ref.bound(**args, rule="ocp"))
@@ -60,4 +62,5 @@ def shaped(kernel: str, target: str, dims: dict) -> dict[str, object]:
         "x_scale": scales(rows) if packed else None,
         "bias": None if dims["bias"] == "none" else np.zeros((1, columns), FLOATS[dims["bias"]]),
         **{name: dims[name] for name in ("m", "n", "w_element", "x_element", "out")},
+        "x_terms": int(dims["x_terms"]),
     }

@@ -25,7 +25,7 @@ SHAPES = (
 )
 
 
-def problem(seed, offsets, slots, hidden, inter, element="e2m1", out="f32", limit=7.0):
+def problem(seed, offsets, slots, hidden, inter, element="e2m1", out="f32", limit=7.0, x_terms=1):
     """Arguments of the kernel by name. Gates and ups of a few units, so that all clamps act."""
     rng = np.random.default_rng(seed)
     experts, rows = len(offsets) - 1, offsets[-1]
@@ -52,6 +52,7 @@ def problem(seed, offsets, slots, hidden, inter, element="e2m1", out="f32", limi
         "w_element": element,
         "limit": limit,
         "out": out,
+        "x_terms": x_terms,
     }
 
 
@@ -66,6 +67,24 @@ def agrees(module, args, rule="neuron") -> bool:
 @pytest.mark.parametrize("rule", RULES)
 def test_shapes(shape, rule):
     assert agrees(KERNEL, problem(1, *shape), rule)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_two_terms(shape, rule):
+    assert agrees(KERNEL, problem(11, *shape, x_terms=2), rule)
+
+
+def test_two_terms_keep_bf16():
+    """With two terms the result is that of bfloat16 activations: nothing of x, and of the product only what is 2^13 below
+    its group's maximum. One term is far from it."""
+    args = problem(12, (0, 5, 14), 9, 96, 96, x_terms=2)
+    args["x"][np.abs(args["x"]) < 2.0**-9] = 0  # standard normal: nothing is left 2^13 below a maximum
+    (got,) = harness.launch(KERNEL.grouped_matmul_mx, target="trn3", **args)
+    (one,) = harness.launch(KERNEL.grouped_matmul_mx, target="trn3", **(args | {"x_terms": 1}))
+    want, allowed = ref.with_bf16_activations(**args)
+    assert harness.within(got, want, allowed)
+    assert np.abs(got - want).max() < np.abs(one - want).max() / 8
 
 
 @pytest.mark.parametrize("element", WEIGHTS)
@@ -143,6 +162,14 @@ COUNTS = {
             },
         },
     ),
+    # As decode, in two terms: the same loads, twice the MX matmuls; VectorE splits and quantizes.
+    "decode in two terms": (
+        problem(9, (0, 4), 4, 2048, 512, x_terms=2),
+        {
+            "instructions": {"dma": 28, "gpsimd": 2, "scalar": 9, "tensor": 49 + 36, "vector": 24 + 4 + 4 + 2 + 1},
+            "matmul_columns": {"half": 2048, "mx": 2 * (4 * 2 * 4 * 4 + 2048), "transpose": 40},
+        },
+    ),
     # Two row tiles share the down weights.
     "prefill": (
         problem(9, (0, 130), 130, 64, 96, "e4m3fn", "bf16"),
@@ -190,7 +217,7 @@ MUTANTS = {
         "stationary_scale=inner_scale[4 * (t % 4) :",
         "stationary_scale=inner_scale[0:",
     ),
-    "inner scale rows not shifted": ("dst_scale=inner_scale[4 * (t % 4) :", "dst_scale=inner_scale[0:"),
+    "scale rows not shifted": ("matmul_tiles", "dst_scale=scale[4 * (t % 4) :", "dst_scale=scale[0:"),
     "row scales of the first scale tile": (
         "moving_scale=scale[4 * (t % 4) :, t // 4, :]",
         "moving_scale=scale[4 * (t % 4) :, 0, :]",
@@ -202,6 +229,26 @@ MUTANTS = {
     "down columns of the first block": (
         "weights.append(load_weights(w, kind, expert, t, start, width))\n                for",
         "weights.append(load_weights(w, kind, expert, t, 0, width))\n                for",
+    ),
+    "low term of x forgotten": ("        for j in range(len(terms)):\n", "        for j in range(1):\n"),
+    "low term of the product forgotten": (
+        "                for j in range(len(inner)):\n",
+        "                for j in range(1):\n",
+    ),
+    "high term of x twice": ("data, scale = terms[j]\n            nisa", "data, scale = terms[0]\n            nisa"),
+    "high term of the product twice": (
+        "inner_data, inner_scale = inner[j]\n                    for",
+        "inner_data, inner_scale = inner[0]\n                    for",
+    ),
+    "low term of the product quantized into the high term's scales": (
+        "inner_data, inner_scale = inner[j]\n            quantize_tile",
+        "inner_data, inner_scale = inner[j][0], inner[0][1]\n            quantize_tile",
+    ),
+    "product not split": ("quantize_tile(inner_data, inner_scale, t, parts[j])", "quantize_tile(inner_data, inner_scale, t, parts[0])"),
+    "x not masked": ("matmul_tiles", "HIGH_BITS = 0xFFF0", "HIGH_BITS = 0xFFFF"),
+    "low term overwrites": (
+        "moving_scale=scale[4 * (t % 4) :, t // 4, :],\n                accumulate=(t + j > 0)",
+        "moving_scale=scale[4 * (t % 4) :, t // 4, :],\n                accumulate=(t > 0)",
     ),
     "scale quadrants run together": (
         "QUADRANT_ROWS * quadrant * depth * columns + s",
@@ -221,6 +268,7 @@ def probes():
     yield sparse
     yield problem(8, (0, 5, 12), 6, 544, 608)
     yield problem(8, (0, 131, 133), 131, 64, 96)
+    yield problem(8, (0, 3, 8), 4, 64, 96, x_terms=2)
 
 
 def passes(module) -> bool:

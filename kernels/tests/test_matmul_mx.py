@@ -16,7 +16,7 @@ WEIGHTS = ("e2m1", "e4m3fn", "e5m2")
 SHAPES = ((1, 32, 1), (5, 320, 70), (16, 2880, 96), (131, 544, 600), (257, 512, 300), (128, 2592, 513), (3, 64, 2100))
 
 
-def problem(seed, m, k, n, w_element="e2m1", x_element="e4m3fn", packed=False, bias=None, out="f32"):
+def problem(seed, m, k, n, w_element="e2m1", x_element="e4m3fn", packed=False, bias=None, out="f32", x_terms=1):
     """Arguments of the kernel, by name."""
     rng = np.random.default_rng(seed)
     spread = np.exp2(rng.integers(-6, 7, (n, k // 32))).repeat(32, axis=1)
@@ -37,6 +37,7 @@ def problem(seed, m, k, n, w_element="e2m1", x_element="e4m3fn", packed=False, b
         "w_element": w_element,
         "x_element": x_element,
         "out": out,
+        "x_terms": x_terms,
     }
 
 
@@ -52,6 +53,53 @@ def agrees(module, args, rule="neuron") -> bool:
 @pytest.mark.parametrize("rule", RULES)
 def test_shapes(shape, w_element, rule):
     assert agrees(KERNEL, problem(1, *shape, w_element), rule)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_two_terms(shape, rule):
+    assert agrees(KERNEL, problem(11, *shape, "e4m3fn", bias=F32, x_terms=2), rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("exponents", [4, 13, 30])
+def test_two_terms_are_the_value(exponents, rule):
+    """The result is that of bfloat16 x: within summation error, and what `terms_error` allows to elements far below their
+    group's maximum (none with a spread of 4 bits) or, under `ocp`, at the top of the range."""
+    args = problem(12, 33, 544, 80, x_terms=2)
+    rng = np.random.default_rng(12)
+    x = args["x"] = (rng.standard_normal((33, 544)) * np.exp2(rng.integers(-exponents, 1, (33, 544)))).astype(BF16)
+    if exponents == 4:
+        x[np.abs(x) < 2.0**-8] = 0
+    with scale_rule(rule):
+        (got,) = harness.launch(KERNEL.matmul_mx, target="trn3", **args)
+    w = mx_ref.unpack(args["w"], args["w_scale"], args["w_element"])[:80, :544].T
+    lost = mx_ref.terms_error(x, rule)
+    assert (not lost.any()) == (exponents == 4 and rule == "neuron")
+    x = x.astype(np.float64)
+    assert harness.within(got, x @ w, ref.bound(**args, rule=rule) + lost @ np.abs(w))
+    (one,) = harness.launch(KERNEL.matmul_mx, target="trn3", **(args | {"x_terms": 1}))
+    assert np.abs(got - x @ w).max() < np.abs(one - x @ w).max() * (2.0**-3 if rule == "neuron" else 2.0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_significand_survives_in_two_terms(rule):
+    """All 2^8 significands, both signs, at each distance from the group's maximum: what the header of `split` says."""
+    bits = np.arange(128, dtype=np.uint16)
+    significands = (bits | np.uint16(127 << 7)).view(BF16).astype(np.float64)
+    limit = 13 if rule == "neuron" else 14
+    for below in range(limit + 8):
+        x = np.zeros((256, 32))
+        x[:128, 0], x[128:, 0] = 1.0, 1.75  # the group's maximum, whose exponent is 0 whatever is beside it
+        x[:, 1] = np.tile(significands, 2) * 2.0**-below * np.where(np.arange(256) % 2, 1, -1)
+        got = mx_ref.quantized(x, "e4m3fn", rule, 2)
+        lost = mx_ref.terms_error(x, rule)
+        assert (np.abs(got - x) <= lost).all()
+        saturated = np.zeros(256, bool)
+        if rule == "ocp":  # a low term alone in its group with all four bits set; a high one beside no larger one
+            saturated = np.tile((bits & 15 == 15) | ((below == 0) & (bits >> 4 == 7)), 2)
+        exact = (got == x).all(axis=1)
+        assert np.array_equal(exact, ~saturated) if below <= limit else not exact.all()
 
 
 @pytest.mark.parametrize("w_element", WEIGHTS)
@@ -176,6 +224,15 @@ COUNTS = {
             "dma_bytes_read": {"hbm": 4096 * 2048 // 2 + 4096 * 2048 // 32 + 4 * 4096 * 2, "sbuf": 2 * 4 * 2048},
         },
     ),
+    # As decode, in two terms: the same loads, twice the matmuls, and two passes of VectorE and a quantization more for each.
+    "decode in two terms": (
+        problem(9, 4, 4096, 2048, out="bf16", x_terms=2),
+        {
+            "instructions": {"dma": 18, "scalar": 6, "tensor": 48 + 32, "vector": 10 + 8 + 2 * 4},
+            "matmul_columns": {"mx": 2 * 8 * 2048, "transpose": 16 * 4},
+            "dma_bytes_read": {"hbm": 4096 * 2048 // 2 + 4096 * 2048 // 32 + 4 * 4096 * 2, "sbuf": 2 * 4 * 2048},
+        },
+    ),
     # Nothing but loads, matmuls and copies.
     "packed": (
         problem(9, 64, 1024, 512, "e4m3fn", "e4m3fn", packed=True),
@@ -197,16 +254,34 @@ def test_counts(case):
 
 MUTANTS = {
     "scales of the first k tile": ("moving_scale=tile_scale[4 * (t % 4) :", "moving_scale=tile_scale[0:"),
-    "row scales of the first k tile": (
-        "stationary_scale=row_scales[r][4 * (t % 4) :",
-        "stationary_scale=row_scales[r][0:",
-    ),
+    "row scales of the first k tile": ("stationary_scale=scale[4 * (t % 4) :", "stationary_scale=scale[0:"),
     "row scales of the first scale tile": (
-        ":, t // 4, :],\n                            moving_scale",
-        ":, 0, :],\n                            moving_scale",
+        "stationary_scale=scale[4 * (t % 4) :, t // 4, :]",
+        "stationary_scale=scale[4 * (t % 4) :, 0, :]",
     ),
-    "no accumulation": ("accumulate=(t > 0)", "accumulate=False"),
-    "accumulates what the bank held": ("accumulate=(t > 0)", "accumulate=True"),
+    "no accumulation": ("accumulate=(t + j > 0)", "accumulate=False"),
+    "accumulates what the bank held": ("accumulate=(t + j > 0)", "accumulate=True"),
+    "low term overwrites": ("accumulate=(t + j > 0)", "accumulate=(t > 0)"),
+    "low term forgotten": ("for j in range(x_terms)", "for j in range(1)"),
+    "high term twice": ("data, scale = rows[r][j]", "data, scale = rows[r][0]"),
+    "data of the high term with the low term's scale": (
+        "data, scale = rows[r][j]",
+        "data, scale = rows[r][j][0], rows[r][x_terms - 1][1]",
+    ),
+    "high term not masked": ("matmul_tiles", "HIGH_BITS = 0xFFF0", "HIGH_BITS = 0xFFFF"),
+    "three mantissa bits": ("matmul_tiles", "HIGH_BITS = 0xFFF0", "HIGH_BITS = 0xFFE0"),
+    "five mantissa bits": ("matmul_tiles", "HIGH_BITS = 0xFFF0", "HIGH_BITS = 0xFFF8"),
+    "low term is the value": (
+        "matmul_tiles",
+        "data1=values, data2=high, op=nl.subtract",
+        "data1=values, data2=values, op=nl.maximum",
+    ),
+    "low term added": ("matmul_tiles", "data2=high, op=nl.subtract", "data2=high, op=nl.add"),
+    "low term quantized into the high term's scales": (
+        "matmul_tiles",
+        "data, scale = terms[j]",
+        "data, scale = terms[j][0], terms[0][1]",
+    ),
     "k tail not cleared": ("elif have < width:", "elif False:"),
     "odd row not cleared": ("if even > m:", "if False:"),
     "weights of the first block": ("tile = weights[number * tiles + t]", "tile = weights[t]"),
@@ -214,7 +289,7 @@ MUTANTS = {
     "first scale tile for all": ("load_scales(w_scale, s, s + 1,", "load_scales(w_scale, 0, 1,"),
     "bias of the first bank": ("column_bias[0:count, at : at + part]", "column_bias[0:count, 0:part]"),
     "bias forgotten": ("matmul_tiles", "data1=acc, data2=bias, op=nl.add", "data1=acc, data2=bias, op=nl.maximum"),
-    "rows of the first tile": ("stationary=rows[r][:, t, :]", "stationary=rows[0][:, t, :]"),
+    "rows of the first tile": ("data, scale = rows[r][j]", "data, scale = rows[0][j]"),
     "output of the first tile": ("dst=y[row : row + count", "dst=y[0:count"),
     "banks not rotated": ("dst=banks[(first_bank + i) % BANKS][0:even", "dst=banks[first_bank % BANKS][0:even"),
     "pairs swapped": ("matmul_tiles", "data=pairs[:, start + half :", "data=pairs[:, start + 1 - half :"),
@@ -223,7 +298,7 @@ MUTANTS = {
         "dst=bank[:, 2 * m * i + half : 2 * m * (i + 1) : 2]",
         "dst=bank[:, 2 * m * i + half * m : 2 * m * i + half * m + m]",
     ),
-    "quantized in place of the neighbour": ("matmul_tiles", "dst=data[:, t, :]", "dst=data[:, start_tile + first, :]"),
+    "quantized in place of the neighbour": ("matmul_tiles", "start_tile + first + i, parts", "start_tile + first, parts"),
     "scale rows not shifted": ("matmul_tiles", "dst_scale=scale[4 * (t % 4) :", "dst_scale=scale[0:"),
     "quadrants adjacent": (
         "matmul_tiles",
@@ -243,6 +318,7 @@ def probes():
     """Problems that between them exercise every line that a mutant changes."""
     yield problem(10, 133, 2592, 2100, bias=F32)
     yield problem(10, 3, 544, 600, "e4m3fn", "e5m2")
+    yield problem(10, 7, 2592, 40, "e4m3fn", x_terms=2)
 
 
 def passes(module) -> bool:

@@ -183,6 +183,7 @@ SHAPED = {
     "grouped_matmul_mx": ("trn3", "b=3,r=4,h=64,i=96,e=2"),
     "attention_decode": ("trn3", "b=2,hq=8,hkv=2,d=64,m=8,cache=e4m3fn,w=40"),
     "attention_prefill": ("trn2", "b=2,sq=40,hq=2,hkv=1,d=64,sp=130"),
+    "kv_append": ("trn2", "t=5,n=3,hkv=2,d=32,cache=e4m3"),
     "rmsnorm_quantize_fp8": ("trn2", "m=5,k=256,x=f32"),
     "rmsnorm_quantize_mx": ("trn3", "m=5,k=256"),
 }

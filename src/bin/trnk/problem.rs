@@ -20,6 +20,9 @@ pub(crate) fn roofline(program: &Program, cost: &Cost, chip: &Chip) -> (&'static
         "grouped_matmul_mx" => {
             ports.experts().map(|p| ("every slot in use; as many experts as blocks at most", p.on(chip)))
         }
+        "kv_append" => {
+            ports.append().map(|b| ("rows read and written once", Roofline::new(chip, MatmulMode::Bf16, 0.0, b)))
+        }
         _ => None,
     };
     known.unwrap_or_else(|| {
@@ -114,6 +117,12 @@ impl Ports<'_> {
             head_dim_vo: head_dim,
             format,
         })
+    }
+
+    /// Bytes of an append: rows of K and V in, the same into the caches, and the slots. The rest of the caches stays.
+    fn append(&self) -> Option<f64> {
+        let bytes = |name: &str| self.input(name).map(|t| t.bytes() as f64);
+        Some(2.0 * (bytes("k")? + bytes("v")?) + bytes("slots")?)
     }
 
     fn prefill(&self) -> Option<PrefillProblem> {

@@ -66,6 +66,7 @@ pub struct Input {
     formula: Formula,
     shape: String,
     optional: bool,
+    alias: Option<String>,
 }
 
 /// A tensor that a kernel gives.
@@ -233,6 +234,11 @@ impl Input {
     /// Whether a call may leave it out.
     pub fn optional(&self) -> bool {
         self.optional
+    }
+
+    /// The output that is the same tensor, if the kernel changes it in place.
+    pub fn alias(&self) -> Option<&str> {
+        self.alias.as_deref()
     }
 }
 

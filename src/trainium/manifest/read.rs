@@ -44,6 +44,7 @@ struct RawInput {
     shape: String,
     #[serde(default)]
     optional: bool,
+    alias: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -215,7 +216,13 @@ fn kernel(raw: RawKernel) -> Result<KernelEntry> {
     for (input, formula) in raw.inputs.into_iter().zip(formulas) {
         let types = types(&input.dtype, &names[..inputs.len()], &parameters);
         let dtype = within(&kernel, "input", &input.name, types)?;
-        inputs.push(Input { name: input.name, dtype, formula, shape: input.shape, optional: input.optional });
+        if let Some(alias) = &input.alias
+            && !raw.outputs.iter().any(|o| o.name == *alias)
+        {
+            within(&kernel, "input", &input.name, Err::<(), _>(format!("no output is called {alias:?}")))?;
+        }
+        let (name, shape, optional, alias) = (input.name, input.shape, input.optional, input.alias);
+        inputs.push(Input { name, dtype, formula, shape, optional, alias });
     }
     let mut outputs: Vec<Output> = Vec::with_capacity(raw.outputs.len());
     for output in raw.outputs {
