@@ -87,7 +87,8 @@ impl Library {
     /// 5. `libnrt.so.1` on the loader's search path.
     ///
     /// A file that exists and does not load is an error, not a reason to look further. Nothing is initialised and no core is
-    /// reserved. See the [module](self) on trust.
+    /// reserved. A path is trusted
+    /// as the program itself is, as `LD_LIBRARY_PATH` is: opening a library runs its code.
     ///
     /// # Errors
     /// [`NeuronError::Disabled`], [`NeuronError::NotLinux`], [`NeuronError::LibraryNotFound`],

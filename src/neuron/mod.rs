@@ -11,7 +11,7 @@
 //! let library = Library::open(&LoadOptions::default())?;
 //! let runtime = Runtime::init(&library, &RuntimeOptions::default())?; // takes the cores, for seconds
 //! let model = runtime.load(&std::fs::read("kernel.neff")?, 0)?;
-//! let mut side = |descs: &[trn_kernels::neuron::TensorDesc]| -> Result<TensorSet, Box<dyn std::error::Error>> {
+//! let side = |descs: &[trn_kernels::neuron::TensorDesc]| -> Result<TensorSet, Box<dyn std::error::Error>> {
 //!     let mut set = TensorSet::new(&runtime, 0)?;
 //!     for desc in descs {
 //!         set.insert(&desc.name, Arc::new(runtime.allocate(0, usize::try_from(desc.bytes)?, &desc.name)?))?;

@@ -46,8 +46,8 @@ impl Runtime {
     ///
     /// # Errors
     /// [`NeuronError::Empty`], [`NeuronError::TooLarge`] (4 GiB and more before 2.30.50, where the size overflowed silently),
-    /// [`NeuronError::NoSuchCore`], [`NeuronError::Name`]; [`NeuronError::Call`]: out of memory is [`Status::RESOURCE`]
-    /// (super::Status::RESOURCE). What [`Runtime::usable`] says.
+    /// [`NeuronError::NoSuchCore`], [`NeuronError::Name`]; [`NeuronError::Call`]: out of memory is
+    /// [`Status::RESOURCE`](super::Status::RESOURCE). What [`Runtime::usable`] says.
     pub fn allocate(&self, core: u32, bytes: usize, name: &str) -> Result<Tensor> {
         let c_name = c_name(name)?;
         if bytes == 0 {
