@@ -13,9 +13,11 @@ use std::error::Error;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use trn_kernels::backend::{Backend, CpuBackend, OracleBackend};
+use trn_kernels::backend::{Backend, CpuBackend, NeuronBackend, NeuronOptions, OracleBackend};
 use trn_kernels::checkpoint::{Checkpoint, GptOss, GptOssConfig};
 use trn_kernels::kv::KvFormat;
+use trn_kernels::neuron::kernels::KernelSet;
+use trn_kernels::neuron::{Library, LoadOptions, Runtime, RuntimeOptions};
 use trn_kernels::num::{Fp8, Real};
 use trn_kernels::{Cpu, Parallelism, layer};
 
@@ -56,9 +58,17 @@ struct Args {
     #[arg(long, value_enum)]
     kv: Option<Kv>,
 
-    /// Who computes matmuls and attention: the CPU kernels, or the f64 oracle that defines them (slow)
+    /// Who computes matmuls and attention: the CPU kernels, the f64 oracle that defines them (slow), or a NeuronCore
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     backend: On,
+
+    /// With --backend neuron: folder of compiled kernels, as kernels/build.py makes it
+    #[arg(long, value_name = "DIR", required_if_eq("backend", "neuron"))]
+    kernels: Option<PathBuf>,
+
+    /// With --backend neuron: the libnrt to load [default: searched for, see docs/neuron.md]
+    #[arg(long, value_name = "FILE")]
+    libnrt: Option<PathBuf>,
 
     /// Threads [default: all cores]; results do not depend on it
     #[arg(long)]
@@ -90,13 +100,22 @@ enum Acts {
 enum On {
     Cpu,
     Oracle,
+    Neuron,
 }
 
-fn backend<'w>(on: On, cpu: Cpu<'w>) -> Box<dyn Backend<'w> + 'w> {
-    match on {
+fn backend<'w>(args: &Args, cpu: Cpu<'w>) -> Result<Box<dyn Backend<'w> + 'w>, Box<dyn Error>> {
+    Ok(match args.backend {
         On::Cpu => Box::new(CpuBackend::new(cpu)),
         On::Oracle => Box::new(OracleBackend::new()),
-    }
+        On::Neuron => {
+            let folder = args.kernels.as_ref().ok_or("--backend neuron: needs --kernels DIR")?;
+            let kernels = KernelSet::open(folder)?;
+            let options = args.libnrt.clone().map_or_else(LoadOptions::default, LoadOptions::path);
+            let runtime = Runtime::init(&Library::open(&options)?, &RuntimeOptions::default())?;
+            let options = NeuronOptions { parallelism: cpu.parallelism(), ..NeuronOptions::default() };
+            Box::new(NeuronBackend::new(&kernels.on(&runtime, 0), options))
+        }
+    })
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -177,7 +196,7 @@ fn generate<T: Real>(
     prompt: &[u32],
     output: Option<LogitsFile>,
 ) -> Result<(), Box<dyn Error>> {
-    let mut backend = backend(args.backend, cpu);
+    let mut backend = backend(args, cpu)?;
     let bar = progress(source.config().num_hidden_layers, "packing layers");
     let clock = Instant::now();
     let model = Model::load::<T>(&mut *backend, source, args.acts == Acts::Mxfp8, || bar.inc(1))?;

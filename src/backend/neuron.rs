@@ -114,6 +114,8 @@ struct Experts {
 #[derive(Debug)]
 struct Cache {
     config: KvConfig,
+    /// The shape that lies on the device.
+    compiled: KvShape,
     dtype: Dtype,
     layers: Vec<AppendKernel>,
     /// By layer and attention, made when first needed.
@@ -191,7 +193,8 @@ impl<'p> NeuronBackend<'p> {
         if served { Ok(()) } else { refused(format!("{activations:?} activations with {scheme:?} weights"), needed) }
     }
 
-    fn cache_served(&self, cache: &KvShape) -> Result<Dtype> {
+    /// The cache that is compiled for one of this shape: its element type, and its pages, which may be more.
+    fn cache_served(&self, cache: &KvShape) -> Result<(Dtype, KvShape)> {
         if cache.head_dim_qk != cache.head_dim_vo {
             return refused("keys and values of different head dims".into(), "the device kernels have one head_dim");
         }
@@ -205,8 +208,7 @@ impl<'p> NeuronBackend<'p> {
                 return refused(format!("a {format:?} cache"), "attention_decode reads bf16 and the device's FP8");
             }
         };
-        AppendKernel::served(&self.device, cache, dtype)?;
-        Ok(dtype)
+        Ok((dtype, AppendKernel::served(&self.device, cache, dtype)?))
     }
 
     fn experts_served(&self, shape: &ExpertsShape, top_k: usize) -> Result<()> {
@@ -260,12 +262,12 @@ impl<'w> Backend<'w> for NeuronBackend<'_> {
             }
             Problem::Append { cache, .. } => self.cache_served(&cache).map(|_| ()),
             Problem::Prefill { spec, sinks, cache, queries, tokens, element } => {
-                let dtype = self.cache_served(&cache)?;
+                let (dtype, _) = self.cache_served(&cache)?;
                 attention_element(element)?;
                 PrefillKernel::served(&self.device, &spec, sinks, dtype, queries, tokens)
             }
             Problem::Decode { spec, sinks, cache, tokens, element, .. } => {
-                let dtype = self.cache_served(&cache)?;
+                let (dtype, cache) = self.cache_served(&cache)?;
                 attention_element(element)?;
                 DecodeKernel::served(&self.device, &spec, sinks, &cache, dtype, tokens)
             }
@@ -327,13 +329,13 @@ impl<'w> Backend<'w> for NeuronBackend<'_> {
     }
 
     fn create_cache(&mut self, config: &KvConfig) -> Result<CacheId> {
-        let dtype = self.cache_served(&config.shape)?;
+        let (dtype, compiled) = self.cache_served(&config.shape)?;
         let mut layers = Vec::new();
         for _ in 0..config.num_layers {
             layers.push(AppendKernel::new(&self.device, &config.shape, dtype)?);
         }
         let (decode, prefill) = (Vec::new(), Vec::new());
-        Ok(self.caches.add(Cache { config: *config, dtype, layers, decode, prefill, staging: None }))
+        Ok(self.caches.add(Cache { config: *config, compiled, dtype, layers, decode, prefill, staging: None }))
     }
 
     fn matmul(&mut self, w: MatrixId, x: Activations<'_>, y: Output<'_>, accumulate: bool) -> Result<()> {
@@ -418,7 +420,7 @@ impl<'w> Backend<'w> for NeuronBackend<'_> {
         let HeadsIn::Bf16(q) = q else { return attention_element((&q).into()) };
         let key = (layer, attention);
         if !cache.prefill.iter().any(|(k, _)| *k == key) {
-            let (shape, caches) = (&cache.config.shape, cache.layer(layer)?);
+            let (shape, caches) = (&cache.compiled, cache.layer(layer)?);
             let kernel = PrefillKernel::new(&self.device, spec, sinks, shape, cache.dtype, caches)?;
             cache.prefill.push((key, kernel));
         }
@@ -443,7 +445,7 @@ impl<'w> Backend<'w> for NeuronBackend<'_> {
         let HeadsIn::Bf16(q) = q else { return attention_element((&q).into()) };
         let key = (layer, attention);
         if !cache.decode.iter().any(|(k, _)| *k == key) {
-            let (shape, caches) = (&cache.config.shape, cache.layer(layer)?);
+            let (shape, caches) = (&cache.compiled, cache.layer(layer)?);
             let kernel = DecodeKernel::new(&self.device, spec, sinks, shape, cache.dtype, caches)?;
             cache.decode.push((key, kernel));
         }

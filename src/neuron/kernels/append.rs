@@ -26,28 +26,38 @@ impl AppendKernel {
         device: &'d DeviceKernels,
         cache: &KvShape,
         dtype: Dtype,
-    ) -> Result<Vec<&'d super::CompiledKernel>> {
+    ) -> Result<(Vec<&'d super::CompiledKernel>, KvShape)> {
         let KvShape { num_pages, page_size, num_kv_heads, head_dim_qk, .. } = *cache;
-        let needed = [num_pages, page_size, num_kv_heads, head_dim_qk];
-        device.set().family("kv_append", "T", &format!("a {} cache {needed:?}", dtype.name()), |kernel| {
-            kernel.input("k_cache").is_some_and(|t| t.shape == needed && t.dtype == dtype)
-        })
+        let wanted = format!(
+            "a {} cache of {num_pages} pages of {page_size} tokens, {num_kv_heads} kv heads of {head_dim_qk}",
+            dtype.name()
+        );
+        let found = device.set().family("kv_append", "T", &wanted, |kernel| {
+            kernel.dim("N") >= num_pages
+                && kernel
+                    .input("k_cache")
+                    .is_some_and(|t| t.shape[1..] == [page_size, num_kv_heads, head_dim_qk] && t.dtype == dtype)
+        })?;
+        let num_pages = found.iter().map(|k| k.dim("N")).min().unwrap_or(num_pages);
+        let kernels = found.into_iter().filter(|k| k.dim("N") == num_pages).collect();
+        Ok((kernels, KvShape { num_pages, ..*cache }))
     }
 
-    /// Asks whether caches of this shape and element are compiled.
+    /// The smallest compiled cache that holds one of this shape: its pages may be more.
     ///
     /// # Errors
     /// [`Error::Unsupported`](crate::Error::Unsupported) with what is compiled.
-    pub fn served(device: &DeviceKernels, cache: &KvShape, dtype: Dtype) -> Result<()> {
-        Self::compiled(device, cache, dtype).map(|_| ())
+    pub fn served(device: &DeviceKernels, cache: &KvShape, dtype: Dtype) -> Result<KvShape> {
+        Self::compiled(device, cache, dtype).map(|(_, shape)| shape)
     }
 
-    /// Allocates both caches, all zero (a page in use must hold numbers).
+    /// Allocates both caches, all zero (a page in use must hold numbers), with as many pages as the smallest compiled cache that
+    /// holds `cache`.
     ///
     /// # Errors
     /// [`Error::Unsupported`](crate::Error::Unsupported) if no such kernel is compiled; [`Error::Device`](crate::Error::Device).
     pub fn new(device: &Arc<DeviceKernels>, cache: &KvShape, dtype: Dtype) -> Result<Self> {
-        let kernels = Self::compiled(device, cache, dtype)?;
+        let (kernels, cache) = Self::compiled(device, cache, dtype)?;
         let row = mul("kv cache", mul("kv cache", cache.num_kv_heads, cache.head_dim_qk)?, dtype.size())?;
         let bytes = mul("kv cache", mul("kv cache", cache.num_pages, cache.page_size)?, row)?;
         let (k, v) = (device.zeroed(bytes, "k_cache")?, device.zeroed(bytes, "v_cache")?);

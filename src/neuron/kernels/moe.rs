@@ -49,7 +49,8 @@ struct Shape {
 
 impl Shape {
     fn of(kernel: &CompiledKernel) -> Shape {
-        Shape { x: kernel.dim("X"), y: kernel.dim("Y"), blocks: kernel.dim("B"), rows: kernel.dim("R") }
+        let y = kernel.int("rows_out").and_then(|y| usize::try_from(y).ok()).unwrap_or(0);
+        Shape { x: kernel.dim("X"), y, blocks: kernel.dim("B"), rows: kernel.dim("R") }
     }
 
     /// Tokens that fit whatever their experts are.

@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 mod emulated;
+pub mod kernels;
 #[path = "../../support/programs.rs"]
 pub mod programs;
 pub mod raw;
