@@ -4,6 +4,7 @@
 mod chip;
 mod cost;
 mod failure;
+mod probe;
 mod problem;
 mod program;
 mod shape;
@@ -24,13 +25,17 @@ struct Cli {
 enum Command {
     /// What a device kernel would take on a chip, engine by engine: a model from documented constants, not a measurement
     Cost(cost::Args),
+    /// Whether this machine can run kernels on a NeuronCore, what there is, and what to do next
+    Probe(probe::Args),
 }
 
 fn main() -> ExitCode {
     let command = Cli::command().mut_subcommand("cost", |c| c.after_long_help(cost::long_help()));
+    let command = command.mut_subcommand("probe", |c| c.after_long_help(probe::LONG_HELP));
     let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
     let done = match cli.command {
         Command::Cost(args) => cost::run(&args),
+        Command::Probe(args) => probe::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
