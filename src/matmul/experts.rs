@@ -114,8 +114,8 @@ impl Cpu<'_> {
             };
             return Err(Error::Value { operand: "expert offsets".into(), at, got: offset.to_string(), needed });
         }
-        let plan = Plan::new(self, &x, &w.experts[0], x.m())?;
-        let (scratch, _) = workspace.take(plan.scratch(&w.experts[0], x.m()), 0);
+        let plan = Plan::new(self, x.scale_tile(), w.experts[0].layout(), x.m())?;
+        let (scratch, _) = workspace.take(plan.scratch(w.experts[0].layout(), x.m()), 0);
         for (e, range) in offsets.windows(2).enumerate() {
             let rows = Rows::Range { start: range[0] as usize, len: (range[1] - range[0]) as usize };
             let problem = Problem { cpu: self, plan, x: &x, w: &w.experts[e] };
@@ -158,8 +158,8 @@ impl Cpu<'_> {
         if let Some(at) = ids.iter().position(|id| *id as usize >= w.len()) {
             return Err(Error::Index { operand: "expert ids".into(), at, got: ids[at].into(), limit: w.len() });
         }
-        let plan = Plan::new(self, &x, &w.experts[0], ids.len())?;
-        let (scratch, indices) = workspace.take(plan.scratch(&w.experts[0], ids.len()), ids.len() + w.len() + 1);
+        let plan = Plan::new(self, x.scale_tile(), w.experts[0].layout(), ids.len())?;
+        let (scratch, indices) = workspace.take(plan.scratch(w.experts[0].layout(), ids.len()), ids.len() + w.len() + 1);
         let (slots, ends) = indices.split_at_mut(ids.len());
         sort_by_expert(ids, slots, ends);
         for e in 0..w.len() {
