@@ -45,6 +45,11 @@ pub(crate) trait Simd: Copy {
     const DECODE_ROWS: usize;
 
     fn splat(self, x: f32) -> Self::V;
+    /// [`Simd::splat`] of a number in memory that several operations use: loaded once, into a register.
+    #[inline(always)]
+    fn splat_from(self, x: &f32) -> Self::V {
+        self.splat(*x)
+    }
     fn load(self, x: &[f32; LANES]) -> Self::V;
     fn store(self, x: Self::V, to: &mut [f32; LANES]);
     /// `a * b + c`, rounded once.
@@ -86,7 +91,10 @@ mod tests {
                 let value = element.values()[usize::from(code)];
                 let word = (i16::from_ne_bytes([0, code]) >> bits.shift) as u16 & bits.mask;
                 let got = f16::from_bits(word).to_f32() * (bits.power as f32).exp2();
-                assert!(got.to_bits() == value.to_bits() || !value.is_finite(), "{element:?} {code:#04x}: {got} {value}");
+                assert!(
+                    got.to_bits() == value.to_bits() || !value.is_finite(),
+                    "{element:?} {code:#04x}: {got} {value}"
+                );
             }
         }
     }

@@ -247,9 +247,7 @@ macro_rules! with_coding {
                 let $coding = coding::Mxfp8(Fp8Bits::of(element));
                 $body
             }
-            Scheme::Fp8PerTensor(element)
-            | Scheme::Fp8PerChannel(element)
-            | Scheme::Fp8Blockwise { element, .. } => {
+            Scheme::Fp8PerTensor(element) | Scheme::Fp8PerChannel(element) | Scheme::Fp8Blockwise { element, .. } => {
                 let $coding = coding::Fp8Plain(Fp8Bits::of(element));
                 $body
             }

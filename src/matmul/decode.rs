@@ -94,17 +94,17 @@ impl<C: Coding> Decode<'_, C> {
                     count: end - step,
                 };
                 // Each stream goes on with the panel that it walks next.
-                let ahead = piece.group + self.prefetch;
-                let ahead = if ahead < panel_bytes { ahead } else { ahead + (streams - 1) * panel_bytes };
+                let ahead = piece.group.saturating_add(self.prefetch);
+                let ahead = if ahead < panel_bytes { ahead } else { ahead.saturating_add((streams - 1) * panel_bytes) };
                 let mut panel = first;
                 let mut rest = target;
-                // One row leaves registers for four panels' chains, two rows for two: enough to cover the latency of FMA.
+                // So many chains side by side that they cover the latency of FMA.
                 while const { S::DECODE_ROWS >= 4 && R == 1 } && rest.len() >= 4 * R {
                     let (four, others) = rest.split_at_mut(4 * R);
                     self::steps::<S, C, R, 4>(s, self.coding, piece, (data, panel, layout, ahead), &x, four);
                     (panel, rest) = (panel + 4, others);
                 }
-                while const { S::DECODE_ROWS >= 4 && R == 2 } && rest.len() >= 2 * R {
+                while const { S::DECODE_ROWS >= 4 && R >= 2 } && rest.len() >= 2 * R {
                     let (two, others) = rest.split_at_mut(2 * R);
                     self::steps::<S, C, R, 2>(s, self.coding, piece, (data, panel, layout, ahead), &x, two);
                     (panel, rest) = (panel + 2, others);
@@ -143,7 +143,7 @@ fn steps<S: Simd, C: Coding, const R: usize, const P: usize>(
     let mut acc = [[s.splat(0.0); R]; P];
     for p in 0..P {
         let start = (panel + p) * layout.panel_bytes();
-        next[p] = data.as_ptr().wrapping_add(start + ahead);
+        next[p] = data.as_ptr().wrapping_add(start.wrapping_add(ahead));
         let group = &data[start + piece.group..];
         scales[p] = &group[piece.first * layout.step_scales()..];
         lines[p] = &group[piece.codes + piece.first * layout.step_bytes()..].as_chunks().0[..piece.count * C::LINES];

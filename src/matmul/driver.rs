@@ -205,7 +205,8 @@ impl Problem<'_> {
             for_each_zip(cpu.parallelism(), (&mut *sums, task), (&mut *scratch, task_scratch), |t, sums, scratch| {
                 block.task(t, sums, scratch);
             });
-            let sums = Sums { sums, task, rows: count, task_rows: plan.task_rows, task_panels: plan.task_panels };
+            let Plan { row_tasks, task_rows, task_panels, .. } = plan;
+            let sums = Sums { sums, task, rows: count, row_tasks, task_rows, task_panels };
             let of_row = |i: usize| match x.scale_tile() {
                 Some(_) => 1.0,
                 None => x.outer_scale(rows.source(first + i), 0),

@@ -79,8 +79,9 @@ pub(super) struct RowEpilogue<'a> {
 pub(super) struct Sums<'a> {
     pub(super) sums: &'a [f32],
     pub(super) task: usize,
-    /// Rows of all tasks side by side, of one task, and panels of one task.
+    /// Rows of all tasks side by side, how many tasks that are, and rows and panels of one.
     pub(super) rows: usize,
+    pub(super) row_tasks: usize,
     pub(super) task_rows: usize,
     pub(super) task_panels: usize,
 }
@@ -89,10 +90,9 @@ impl Sums<'_> {
     /// Sums of row i with a panel.
     #[inline(always)]
     fn get(&self, i: usize, panel: usize) -> &[f32; LANES] {
-        let row_tasks = self.rows.div_ceil(self.task_rows);
         let (of_rows, row) = (i / self.task_rows, i % self.task_rows);
         let rows = self.task_rows.min(self.rows - of_rows * self.task_rows);
-        let at = (panel / self.task_panels * row_tasks + of_rows) * self.task;
+        let at = (panel / self.task_panels * self.row_tasks + of_rows) * self.task;
         let at = at + (panel % self.task_panels * rows + row) * LANES;
         self.sums.get(at..).and_then(|s| s.first_chunk()).unwrap_or(&[0.0; LANES])
     }

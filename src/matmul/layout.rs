@@ -143,7 +143,9 @@ mod tests {
 
     #[test]
     fn steps_tile_the_panel() {
-        for scheme in [Scheme::Mxfp4, Scheme::Nvfp4, Scheme::Mxfp8(Fp8::E5M2), Scheme::Fp8PerTensor(Fp8::E3M4), Scheme::Bf16] {
+        for scheme in
+            [Scheme::Mxfp4, Scheme::Nvfp4, Scheme::Mxfp8(Fp8::E5M2), Scheme::Fp8PerTensor(Fp8::E3M4), Scheme::Bf16]
+        {
             for k in [0, 16, 32, 96, 128, 160, 2880] {
                 let layout = PackedLayout::new(scheme, 40, k).unwrap();
                 let mut covered = vec![0u8; layout.panel_bytes()];

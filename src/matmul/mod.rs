@@ -10,6 +10,8 @@ mod dense;
 mod driver;
 mod epilogue;
 mod experts;
+mod explain;
+mod file;
 mod layout;
 mod operand;
 pub mod oracle;
@@ -20,6 +22,7 @@ mod tiles;
 
 pub use epilogue::{Activation, MatmulOptions};
 pub use experts::{PackedExperts, RowSource};
+pub use explain::MatmulProblem;
 pub use layout::PackedLayout;
 pub use operand::{Activations, Output};
 pub use packed::PackedMatrix;

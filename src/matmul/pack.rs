@@ -88,7 +88,7 @@ fn pack_panel(w: &QuantizedMatrix<'_>, layout: PackedLayout, first: usize, panel
     let scheme = layout.scheme();
     let mut rows = [[0u8; ROW_BYTES]; LANES];
     let rows_here = (w.n() - first).min(LANES);
-    let mut seen = Seen::new(scheme);
+    let mut seen = Seen::new();
     for (g, group) in panel.chunks_mut(layout.group_bytes()).enumerate() {
         let steps = GROUP.min(layout.steps() - g * GROUP);
         let (scales, codes) = group.split_at_mut(layout.scale_area(steps));
@@ -98,17 +98,19 @@ fn pack_panel(w: &QuantizedMatrix<'_>, layout: PackedLayout, first: usize, panel
         }
         for (step, codes) in codes.chunks_exact_mut(layout.step_bytes()).enumerate() {
             turn(scheme, &rows, step, codes);
-            let scales = &mut scales[step * layout.step_scales()..][..layout.step_scales()];
-            let blocks = STEP / scheme.block();
-            for (l, row) in rows.iter().enumerate().take(if scales.is_empty() { 0 } else { rows_here }) {
-                let mut own = [0; 2];
-                w.copy_block_scales(first + l, (g * GROUP + step) * blocks, &mut own[..blocks]);
-                let bytes = &row[step * layout.step_bytes() / LANES..][..layout.step_bytes() / LANES];
-                for (b, scale) in own.iter().enumerate().take(blocks) {
-                    scales[b * LANES + l] = seen.scale(scheme, *scale, &bytes[b * bytes.len() / blocks..][..bytes.len() / blocks]);
-                }
-            }
             seen.codes(scheme, codes);
+        }
+        if layout.step_scales() == 0 {
+            continue;
+        }
+        let (blocks, block_bytes) = (steps * STEP / scheme.block(), scheme.block() * scheme.bits() / 8);
+        for (l, row) in rows.iter().enumerate().take(rows_here) {
+            let mut own = [0; GROUP * 2];
+            w.copy_block_scales(first + l, g * GROUP * STEP / scheme.block(), &mut own[..blocks]);
+            for (b, (scale, codes)) in own.iter().zip(row.chunks_exact(block_bytes)).enumerate().take(blocks) {
+                // Blocks beyond k are zero and so have scale 1 too.
+                scales[b * LANES + l] = seen.scale(scheme, *scale, codes);
+            }
         }
     }
     let mut facts = seen.facts(scheme);
@@ -216,7 +218,7 @@ struct Seen {
 }
 
 impl Seen {
-    fn new(_: Scheme) -> Seen {
+    fn new() -> Seen {
         Seen { scales: (255, 0), nan: false, largest: 0, range: Range::new(Smallest::BF16) }
     }
 

@@ -76,9 +76,12 @@ pub(super) struct Facts {
     pub(super) exact: bool,
 }
 
+/// Beyond this all exponents say the same; sums of a few of them do not overflow.
+pub(super) const FAR: i32 = 4096;
+
 impl Facts {
     /// Of nothing.
-    pub(super) const NONE: Facts = Facts { grid: None, top: i32::MIN, finite: true, exact: true };
+    pub(super) const NONE: Facts = Facts { grid: None, top: -FAR, finite: true, exact: true };
 
     /// Of both.
     pub(super) fn merge(self, other: Facts) -> Facts {

@@ -119,8 +119,8 @@ impl<C: Coding> Kernel for Decoded<'_, C> {
                 for (i, (line, out)) in lines.iter().zip(out.chunks_exact_mut(C::K * panels)).enumerate() {
                     s.prefetch(line.as_ptr().wrapping_add(self.prefetch));
                     let values = coding.line(s, line, i, &scales);
-                    for (k, out) in out.chunks_exact_mut(panels).enumerate() {
-                        s.store(coding.rest(s, values[k % values.len()], &scales), &mut out[p]);
+                    for k in 0..C::K {
+                        s.store(coding.rest(s, values[k], &scales), &mut out[k * panels + p]);
                     }
                 }
             }
@@ -253,7 +253,7 @@ fn chains<S: Simd, const R: usize, const P: usize, const ODD: usize, const FLUSH
             w[p] = s.load(&decoded[k][p]);
         }
         for r in 0..R {
-            let x = s.splat(x[r][k]);
+            let x = s.splat_from(&x[r][k]);
             for p in 0..P {
                 chains[r][p] = flushed::<S, FLUSH>(s, s.fma(x, w[p], chains[r][p]));
             }

@@ -109,8 +109,22 @@ mod tests {
             };
             let tiny = f32::from_bits(1);
             let x = [
-                1.5, -0.0, 0.0, tiny, -tiny, 1e-39, -1e-39, f32::MIN_POSITIVE, -f32::MIN_POSITIVE, f32::INFINITY,
-                f32::NEG_INFINITY, f32::MAX, 3.0, -7.25, 1e-20, 1e20,
+                1.5,
+                -0.0,
+                0.0,
+                tiny,
+                -tiny,
+                1e-39,
+                -1e-39,
+                f32::MIN_POSITIVE,
+                -f32::MIN_POSITIVE,
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                f32::MAX,
+                3.0,
+                -7.25,
+                1e-20,
+                1e20,
             ];
             let y: [f32; LANES] = std::array::from_fn(|l| x[(l + 5) % LANES] * 0.75);
             assert_eq!(get(s.load(&x)), x.map(f32::to_bits));
