@@ -3,7 +3,7 @@
 //! Plain IEEE f32: only the two dot products flush subnormals. Order of every sum is fixed (docs/numerics.md).
 #![forbid(unsafe_code)]
 
-use crate::cpu::{Kernel, LANES, STEP};
+use crate::cpu::{Kernel, LANES, STEP, Simd};
 use crate::num::math::{softmax_exp, tanh};
 use std::ops::Range;
 
@@ -70,7 +70,7 @@ pub(crate) struct TileWeights<'a> {
 
 impl Kernel for TileWeights<'_> {
     #[inline(always)]
-    fn run(mut self) {
+    fn run<S: Simd>(mut self, _: S) {
         let rows = self.scores.chunks_exact_mut(self.tile).zip(self.corrections);
         for ((scores, correction), state) in rows.zip(self.states.iter_mut()) {
             *correction = row(self.how, scores, self.visible, state);
@@ -146,7 +146,7 @@ pub(crate) struct Accumulate<'a> {
 
 impl Kernel for Accumulate<'_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<S: Simd>(self, _: S) {
         let rows = self.acc.chunks_mut(self.stride);
         for ((acc, &correction), lanes) in rows.zip(self.corrections).zip(self.lanes) {
             for (a, &x) in acc.iter_mut().zip(lanes) {
@@ -169,7 +169,7 @@ pub(crate) struct Merge<'a> {
 
 impl Kernel for Merge<'_> {
     #[inline(always)]
-    fn run(mut self) {
+    fn run<S: Simd>(mut self, _: S) {
         let accs = self.acc.chunks_exact_mut(self.width).zip(self.section_acc.chunks_exact(self.width));
         let states = self.states.iter_mut().zip(self.section.iter_mut());
         for (((max, sum), (section_max, section_sum)), (acc, section_acc)) in states.zip(accs) {
@@ -198,7 +198,7 @@ pub(crate) struct Finish<'a> {
 
 impl Kernel for Finish<'_> {
     #[inline(always)]
-    fn run(mut self) {
+    fn run<S: Simd>(mut self, _: S) {
         let heads = self.sinks.len().max(1);
         let rows = self.states.iter_mut().zip(self.acc.chunks_exact_mut(self.width));
         for (r, ((max, sum), acc)) in rows.enumerate() {

@@ -21,7 +21,13 @@ impl Smallest {
     /// Nothing seen yet, of arbitrary f32 elements.
     pub(crate) const F32: Smallest = Smallest { magnitude: f32::INFINITY, mantissa_bits: 23 };
 
+    /// Elements that are multiples of `2^exponent`.
+    pub(crate) fn grid_of(exponent: i32) -> Smallest {
+        Smallest { magnitude: 1.0, mantissa_bits: -exponent }
+    }
+
     /// Takes in more elements. NaN and infinities do not matter: they never become subnormal.
+    #[inline(always)]
     pub(crate) fn see(&mut self, values: &[f32]) {
         // Magnitudes order as their bits do; less one, zero wraps to the top. Integers, because this reduction vectorises.
         let bits = |v: f32| (v.to_bits() & 0x7FFF_FFFF).wrapping_sub(1);
@@ -38,9 +44,47 @@ impl Smallest {
     }
 
     /// Exponent of the grid all elements lie on; `None` if all are zero.
-    fn grid(self) -> Option<i32> {
+    pub(crate) fn grid(self) -> Option<i32> {
         crate::num::math::floor_log2(self.magnitude).map(|e| e - self.mantissa_bits)
     }
+}
+
+/// What an operand's magnitudes are between: what tells which shortcuts keep every bit (docs/numerics.md, section 2).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Range {
+    pub(crate) smallest: Smallest,
+    /// Bits of the largest magnitude; beyond those of infinity if there was a NaN.
+    largest: u32,
+}
+
+impl Range {
+    /// Nothing seen yet.
+    pub(crate) fn new(smallest: Smallest) -> Range {
+        Range { smallest, largest: 0 }
+    }
+
+    /// Takes in more elements.
+    #[inline(always)]
+    pub(crate) fn see(&mut self, values: &[f32]) {
+        self.smallest.see(values);
+        self.largest = values.iter().fold(self.largest, |m, v| m.max(v.to_bits() & 0x7FFF_FFFF));
+    }
+
+    /// Takes in what another has seen.
+    pub(crate) fn merge(self, other: Range) -> Range {
+        Range { smallest: self.smallest.merge(other.smallest), largest: self.largest.max(other.largest) }
+    }
+
+    /// The least e with all magnitudes below `2^e`; 128 or more with infinities or NaN.
+    pub(crate) fn top(self) -> i32 {
+        (self.largest >> 23) as i32 - 126 + i32::from(self.largest >= 0x7F80_0000)
+    }
+}
+
+/// Subnormals become zero of their sign; NaN stays.
+#[inline(always)]
+pub(crate) fn flush(x: f32) -> f32 {
+    if x.abs() < f32::MIN_POSITIVE { 0.0f32.copysign(x) } else { x }
 }
 
 /// Whether no sum of products of elements of `a` and `b` can be subnormal.
@@ -71,5 +115,18 @@ mod tests {
         assert!(!flush_free(a, b));
         assert!(flush_free(of(Smallest::F32, &[0.0]), b));
         assert!(!flush_free(of(Smallest::F32, &[2f32.powi(-56)]), a));
+        assert!(flush_free(Smallest::grid_of(-63), a) && !flush_free(Smallest::grid_of(-64), a));
+        assert!(flush_free(Smallest::grid_of(40), a));
+    }
+
+    #[test]
+    fn tops() {
+        let top = |values: &[f32]| {
+            let mut range = Range::new(Smallest::F32);
+            range.see(values);
+            range.top()
+        };
+        assert_eq!([top(&[1.0, -0.5]), top(&[-1.99]), top(&[2.0]), top(&[f32::MAX])], [1, 1, 2, 128]);
+        assert!(top(&[0.0]) <= -126 && top(&[f32::NEG_INFINITY]) > 128 && top(&[1.0, f32::NAN]) > 128);
     }
 }

@@ -70,3 +70,14 @@ pub(crate) fn for_each_zip<A: Send, B: Send>(
         f(i, a, b);
     }
 }
+
+/// Runs `f(i, a_i)` for the i-th chunk of `a`, as [`for_each_zip`].
+pub(crate) fn for_each<A: Send>(
+    parallelism: Parallelism<'_>,
+    (a, chunk): (&mut [A], usize),
+    f: impl Fn(usize, &mut [A]) + Sync,
+) {
+    // `()` takes no memory: the second slice is there because the splitter walks two.
+    let mut parts = vec![(); a.len().div_ceil(chunk.max(1))];
+    for_each_zip(parallelism, (a, chunk), (&mut parts, 1), |i, a, _| f(i, a));
+}

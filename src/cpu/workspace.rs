@@ -1,5 +1,8 @@
-//! Scratch memory that the caller owns and lends to every call.
-#![forbid(unsafe_code)]
+//! Memory: scratch that the caller owns, and cache lines for packed weights.
+#![allow(unsafe_code)] // `Line` is plain bytes; advice to the kernel about pages
+
+use super::simd::LINE;
+use crate::error::{Error, Result};
 
 /// Scratch memory for kernels. Make one for each thread that calls the crate and keep it: it grows to what the largest call
 /// needed and then stays, so that repeated calls allocate nothing.
@@ -20,14 +23,117 @@ impl Workspace {
         self.floats.capacity() * size_of::<f32>() + self.indices.capacity() * size_of::<usize>()
     }
 
-    /// `floats` and `indices` elements of scratch with arbitrary contents.
+    /// `floats` and `indices` elements of scratch with arbitrary contents. The floats begin at a cache line.
     pub(crate) fn take(&mut self, floats: usize, indices: usize) -> (&mut [f32], &mut [usize]) {
-        if self.floats.len() < floats {
-            self.floats.resize(floats, 0.0);
+        let room = floats + LINE / size_of::<f32>();
+        if self.floats.len() < room {
+            self.floats.resize(room, 0.0);
         }
         if self.indices.len() < indices {
             self.indices.resize(indices, 0);
         }
-        (&mut self.floats[..floats], &mut self.indices[..indices])
+        let skip = self.floats.as_ptr().align_offset(LINE).min(room - floats);
+        (&mut self.floats[skip..skip + floats], &mut self.indices[..indices])
+    }
+}
+
+/// A cache line of bytes.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; LINE]);
+
+// SAFETY: all zero bytes are a `Line`: it is an array of bytes.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: `repr(C)`, an array of 64 bytes aligned to 64: no padding, every bit pattern valid, no pointers, Copy, 'static.
+unsafe impl bytemuck::Pod for Line {}
+
+/// Bytes that begin at a cache line, a whole number of lines. Large ones ask the system for huge pages: packed weights are walked
+/// in many streams at once, each of which needs a page entry of its own.
+#[derive(Debug)]
+pub(crate) struct Lines(Vec<Line>);
+
+impl Lines {
+    /// Zeros.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`] where the memory is not to be had.
+    pub(crate) fn zeroed(operand: &'static str, bytes: usize) -> Result<Lines> {
+        let refused = || Error::Overflow { operand: operand.into() };
+        let lines = Lines(bytemuck::allocation::try_zeroed_vec(bytes.div_ceil(LINE)).map_err(|()| refused())?);
+        huge_pages(&lines.0);
+        Ok(lines)
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
+
+impl Clone for Lines {
+    fn clone(&self) -> Self {
+        let mut lines = Vec::with_capacity(self.0.len());
+        huge_pages(lines.spare_capacity_mut());
+        lines.extend_from_slice(&self.0);
+        Lines(lines)
+    }
+}
+
+/// Advises Linux to back whole 2 MiB pages of `memory` by huge ones (madvise, MADV_HUGEPAGE). Refusal changes nothing but time.
+#[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
+fn huge_pages<T>(memory: &[T]) {
+    const HUGE: usize = 2 << 20;
+    const MADVISE: usize = 28;
+    const MADV_HUGEPAGE: usize = 14;
+    let range = memory.as_ptr_range();
+    let (start, end) = ((range.start as usize).next_multiple_of(HUGE), range.end as usize / HUGE * HUGE);
+    if start >= end {
+        return;
+    }
+    // SAFETY: the system call touches no register but those named and no memory of this program: it marks whole pages that lie
+    // inside `memory`, whose contents and protection stay as they are.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inout("rax") MADVISE => _,
+            in("rdi") start,
+            in("rsi") end - start,
+            in("rdx") MADV_HUGEPAGE,
+            out("rcx") _,
+            out("r11") _,
+            options(nostack),
+        );
+    }
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux", not(miri))))]
+fn huge_pages<T>(_: &[T]) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_aligned_and_zero() {
+        for bytes in [0, 1, 64, 65, 5 << 20] {
+            let mut lines = Lines::zeroed("x", bytes).unwrap();
+            assert!(lines.bytes().len() >= bytes && lines.bytes().as_ptr().align_offset(LINE) == 0);
+            assert!(lines.bytes().iter().all(|b| *b == 0));
+            lines.bytes_mut().fill(7);
+            assert_eq!(lines.clone().bytes(), lines.bytes());
+        }
+        assert!(Lines::zeroed("x", usize::MAX - 63).is_err());
+    }
+
+    #[test]
+    fn scratch_begins_at_a_line() {
+        let mut ws = Workspace::new();
+        for floats in [1, 100, 3] {
+            let (scratch, _) = ws.take(floats, 0);
+            assert_eq!((scratch.len(), scratch.as_ptr().align_offset(LINE)), (floats, 0));
+        }
     }
 }

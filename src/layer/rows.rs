@@ -1,7 +1,7 @@
 //! Runs a kernel row by row, compiled for the CPU's tier and split over its threads.
 #![forbid(unsafe_code)]
 
-use crate::cpu::{Cpu, Kernel, for_each_zip};
+use crate::cpu::{Cpu, Kernel, Simd, for_each};
 use crate::view::{HeadsMut, MatMut};
 
 /// Elements below which a part is not worth handing to another thread (a fork costs 10 to 30 us).
@@ -42,10 +42,7 @@ fn run<U: Send>(
     if rows <= part {
         return rows_from(0, data);
     }
-    // `()` takes no memory: the second slice is there because the splitter walks two.
-    let mut parts = vec![(); rows.div_ceil(part)];
-    let chunk = part.saturating_mul(stride);
-    for_each_zip(cpu.parallelism(), (data, chunk), (&mut parts, 1), |i, data, _| rows_from(i * part, data));
+    for_each(cpu.parallelism(), (data, part.saturating_mul(stride)), |i, data| rows_from(i * part, data));
 }
 
 /// Consecutive rows, as one thread does them.
@@ -59,7 +56,7 @@ struct Rows<'a, K, U> {
 
 impl<U, K: RowKernel<U>> Kernel for Rows<'_, K, U> {
     #[inline(always)]
-    fn run(self) {
+    fn run<S: Simd>(self, _: S) {
         for (i, row) in self.data.chunks_mut(self.stride).enumerate() {
             if let Some(row) = row.get_mut(..self.cols) {
                 self.kernel.row(self.first + i, row);

@@ -1,20 +1,18 @@
-//! The loops: blocks of rows, panels of columns, scale blocks and cache blocks of k.
+//! The loops: blocks of rows, tasks of rows and panels, and which kernel a task takes.
 #![forbid(unsafe_code)]
 
-use super::epilogue::{RowEpilogue, panel_index};
+use super::coding::{Coding, with_coding};
+use super::decode::Decode;
+use super::epilogue::{RowEpilogue, Sums};
+use super::layout::PackedLayout;
 use super::operand::{Activations, Output};
-use super::packed::{Outer, PackedMatrix};
-use crate::cpu::{Cpu, LANES, PanelDot, STEP, Smallest, flush_free, for_each_zip};
+use super::packed::{Facts, PackedMatrix, code_range};
+use super::prefill::Prefill;
+use super::tiles::Tiles;
+use crate::cpu::{Blocking, Cpu, LANES, LINE, Range, STEP, Smallest, flush_free, for_each, for_each_zip};
 use crate::error::{Error, Result};
-
-/// Steps of k decoded at a time: 8 * 32 * 16 f32 are 16 KiB, half of a small L1.
-const STEPS: usize = 8;
-
-/// Most rows of x that share one decoded panel.
-const MAX_ROWS: usize = 128;
-
-/// Sums kept at a time, in f32: bounds the workspace when n is a vocabulary.
-const MAX_SUMS: usize = 1 << 22;
+use crate::quant::Scheme;
+use std::sync::Mutex;
 
 /// Which rows of x make which rows of y.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +31,7 @@ impl Rows<'_> {
         }
     }
 
-    fn source(&self, i: usize) -> usize {
+    pub(super) fn source(&self, i: usize) -> usize {
         match self {
             Rows::Range { start, .. } => start + i,
             Rows::Slots { slots, share } => slots[i] / share,
@@ -52,65 +50,102 @@ impl Rows<'_> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
     /// Rows at a time.
-    rows: usize,
-    /// Panels in a task.
-    task_panels: usize,
-    /// Tasks.
-    tasks: usize,
+    pub(super) rows: usize,
+    /// Panels and rows in a task, and how many tasks there are along each.
+    pub(super) task_panels: usize,
+    pub(super) task_rows: usize,
+    pub(super) panel_tasks: usize,
+    pub(super) row_tasks: usize,
+    /// Most rows the decode kernel takes.
+    pub(super) decode_rows: usize,
+    /// Rows and panels of the prefill kernel's register block.
+    pub(super) block: (usize, usize),
     /// k of one f32 scale tile; `None` if f32 scales do not change along k.
-    tile: Option<usize>,
+    pub(super) tile: Option<usize>,
+    pub(super) blocking: Blocking,
 }
 
-impl Plan {
-    /// # Errors
-    /// [`Error::Unsupported`] if the scale tiles of both operands do not nest or do not fall on steps.
-    pub(super) fn new(cpu: &Cpu<'_>, x: &Activations<'_>, w: &PackedMatrix, m: usize) -> Result<Plan> {
-        let of_weights = match w.outer() {
-            Outer::Tiles { k, .. } => Some(*k),
-            _ => None,
-        };
-        let tile = match (x.scale_tile(), of_weights) {
-            (Some(a), Some(b)) if a.is_multiple_of(b) || b.is_multiple_of(a) => Some(a.min(b)),
-            (Some(a), Some(b)) => {
-                return Err(refused(format!("scale tiles of {a} (activations) and {b} (weights) along k")));
-            }
-            (a, b) => a.or(b),
-        };
-        if let Some(tile) = tile
-            && !tile.is_multiple_of(STEP)
-            && tile < w.k()
-        {
-            return Err(refused(format!("scale tiles of {tile} along k")));
+/// The k of the scale tiles of a problem.
+///
+/// # Errors
+/// [`Error::Unsupported`] if the tiles of both operands do not nest or do not fall on steps.
+fn tile(of_x: Option<usize>, scheme: Scheme, k: usize) -> Result<Option<usize>> {
+    let of_weights = match scheme {
+        Scheme::Fp8Blockwise { k, .. } => Some(k),
+        _ => None,
+    };
+    let tile = match (of_x, of_weights) {
+        (Some(a), Some(b)) if a.is_multiple_of(b) || b.is_multiple_of(a) => Some(a.min(b)),
+        (Some(a), Some(b)) => {
+            return Err(refused(format!("scale tiles of {a} (activations) and {b} (weights) along k")));
         }
-        let panels = w.panels();
-        // Several tasks a thread, so that a slow core does not hold up the rest.
-        let threads = cpu.parallelism().threads();
-        let wanted = if threads == 1 { 1 } else { threads * 4 };
-        let task_panels = panels.div_ceil(wanted).max(1);
-        let rows = (MAX_SUMS / panels.saturating_mul(LANES).max(1)).clamp(1, MAX_ROWS).min(m.max(1));
-        Ok(Plan { rows, task_panels, tasks: panels.div_ceil(task_panels), tile })
-    }
-
-    /// f32 of scratch that [`Problem::run`] needs for at most `m` rows.
-    pub(super) fn scratch(&self, w: &PackedMatrix, m: usize) -> usize {
-        if w.n() == 0 || m == 0 {
-            return 0;
-        }
-        self.rows * w.padded_k() + self.sums(w) + self.tasks * self.task_scratch()
-    }
-
-    fn sums(&self, w: &PackedMatrix) -> usize {
-        w.panels() * self.rows * LANES
-    }
-
-    /// A decoded chunk, partial sums, and one f32 scale of each row.
-    fn task_scratch(&self) -> usize {
-        STEPS * STEP * LANES + self.rows * (LANES + 1)
+        (a, b) => a.or(b),
+    };
+    match tile {
+        Some(tile) if !tile.is_multiple_of(STEP) && tile < k => Err(refused(format!("scale tiles of {tile} along k"))),
+        tile => Ok(tile),
     }
 }
 
 fn refused(what: String) -> Error {
     Error::Unsupported { what, because: format!("tiles must nest and be multiples of the canonical step of {STEP}") }
+}
+
+impl Plan {
+    /// For at most `m` rows.
+    ///
+    /// # Errors
+    /// As [`tile`].
+    pub(super) fn new(cpu: &Cpu<'_>, of_x: Option<usize>, w: &PackedLayout, m: usize) -> Result<Plan> {
+        let tile = tile(of_x, w.scheme(), w.k())?;
+        let (block, decode_rows) = cpu.tier().block();
+        let (blocking, panels, threads) = (cpu.blocking(), w.panels().max(1), cpu.parallelism().threads().max(1));
+        let rows = (blocking.sums / panels.saturating_mul(LANES)).clamp(1, blocking.rows).min(m.max(1));
+        // What a kernel walks together stays together if every thread has a task all the same.
+        let unit = if rows <= decode_rows { blocking.streams } else { block.1 };
+        let wanted = if threads == 1 { 1 } else { threads.saturating_mul(blocking.tasks) };
+        let together = panels.div_ceil(wanted).checked_next_multiple_of(unit).unwrap_or(panels);
+        let task_panels = if panels.div_ceil(together) >= threads { together } else { panels.div_ceil(threads) };
+        let panel_tasks = panels.div_ceil(task_panels);
+        // Few panels and many rows: rows are split too.
+        let row_tasks = if panel_tasks >= threads { 1 } else { wanted.div_ceil(panel_tasks) };
+        let task_rows = rows.div_ceil(row_tasks).next_multiple_of(if row_tasks == 1 { 1 } else { block.0 });
+        let row_tasks = rows.div_ceil(task_rows);
+        Ok(Plan { rows, task_panels, task_rows, panel_tasks, row_tasks, decode_rows, block, tile, blocking })
+    }
+
+    /// f32 of scratch that [`Problem::run`] needs.
+    pub(super) fn scratch(&self, w: &PackedLayout, m: usize) -> usize {
+        if w.n() == 0 || m == 0 {
+            return 0;
+        }
+        self.rows * stride(w) + self.tasks() * (self.task_sums() + self.task_scratch())
+    }
+
+    fn tasks(&self) -> usize {
+        self.panel_tasks * self.row_tasks
+    }
+
+    /// f32 of a task's sums, `[panel][row][LANES]`.
+    fn task_sums(&self) -> usize {
+        self.task_panels * self.task_rows * LANES
+    }
+
+    /// f32 of decoded weights.
+    fn chunk(&self) -> usize {
+        self.blocking.chunk_steps * STEP * self.block.1 * LANES
+    }
+
+    /// Decoded weights, and partial sums between f32 scales.
+    fn task_scratch(&self) -> usize {
+        let part = (self.blocking.streams * self.decode_rows).max(self.block.1 * self.task_rows);
+        self.chunk() + if self.tile.is_some() { part * LANES } else { 0 }
+    }
+}
+
+/// f32 from one loaded row of x to the next: a line more than k needs, so that rows do not fall on the same sets of a cache.
+fn stride(w: &PackedLayout) -> usize {
+    w.steps() * STEP + LINE / size_of::<f32>()
 }
 
 /// One weight matrix and the activations that meet it; extents were checked.
@@ -122,6 +157,33 @@ pub(super) struct Problem<'a> {
     pub(super) w: &'a PackedMatrix,
 }
 
+/// What the operands' magnitudes allow. Each shortcut gives the bits of the definition (docs/numerics.md, section 2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Quick {
+    /// Codes may be read by the instructions of [`Simd`](crate::cpu::Simd): none is NaN or infinite, no value left its range.
+    pub(super) values: bool,
+    /// Subnormals may arise.
+    pub(super) flush: bool,
+    /// Sums of a step may be scaled by powers of two before or after: nothing leaves the normal range in between.
+    pub(super) sums: bool,
+}
+
+impl Quick {
+    fn new(scheme: Scheme, w: Facts, x: Range) -> Quick {
+        let flush = !flush_free(x.smallest, w.smallest());
+        let Some(format) = scheme.element() else {
+            return Quick { values: true, flush, sums: !flush };
+        };
+        let (grid, top) = code_range(format);
+        let power = with_coding!(scheme, |coding| coding.power());
+        let mx = matches!(scheme, Scheme::Mxfp4 | Scheme::Mxfp8(_));
+        // 32 products below 2^(x.top + top) each, rounded 33 times, stay below 2^127.
+        let steps = !mx || flush_free(x.smallest, Smallest::grid_of(grid)) && x.top() + top.max(w.top) + 6 <= 127;
+        let shifted = power == 0 || x.top() + power <= 127;
+        Quick { values: w.finite && w.exact, flush, sums: !flush && steps && shifted }
+    }
+}
+
 impl Problem<'_> {
     /// Computes the given rows of y. `scratch` holds [`Plan::scratch`].
     pub(super) fn run(&self, rows: Rows<'_>, epilogue: &RowEpilogue<'_>, y: &mut Output<'_>, scratch: &mut [f32]) {
@@ -129,40 +191,70 @@ impl Problem<'_> {
         if w.n() == 0 || rows.len() == 0 {
             return;
         }
-        let padded_k = w.padded_k();
-        let (a, scratch) = scratch.split_at_mut(plan.rows * padded_k);
-        let (sums, scratch) = scratch.split_at_mut(plan.sums(w));
+        let stride = stride(&w.layout);
+        let (a, scratch) = scratch.split_at_mut(plan.rows * stride);
+        let (sums, scratch) = scratch.split_at_mut(plan.tasks() * plan.task_sums());
+        let scratch = &mut scratch[..plan.tasks() * plan.task_scratch()];
         let mut first = 0;
         while first < rows.len() {
             let count = plan.rows.min(rows.len() - first);
-            let mut seen = Smallest::BF16;
-            for i in 0..count {
-                let row = &mut a[i * padded_k..(i + 1) * padded_k];
-                seen = seen.merge(x.load(rows.source(first + i), row));
-            }
-            let flush = !flush_free(seen, w.smallest());
-            let block = Block { problem: *self, rows, first, count, a, flush };
-            let sums = &mut sums[..w.panels() * count * LANES];
-            let (task, task_scratch) = (plan.task_panels * count * LANES, plan.task_scratch());
+            let a = &mut a[..count * stride];
+            let quick = self.load(rows, first, a, stride);
+            let block = Block { problem: *self, rows, first, count, a, stride, quick };
+            let (task, task_scratch) = (plan.task_sums(), plan.task_scratch());
             for_each_zip(cpu.parallelism(), (&mut *sums, task), (&mut *scratch, task_scratch), |t, sums, scratch| {
-                for (p, sums) in sums.chunks_exact_mut(count * LANES).enumerate() {
-                    block.panel(t * plan.task_panels + p, sums.as_chunks_mut().0, scratch);
-                }
+                block.task(t, sums, scratch);
             });
-            for i in 0..count {
-                let (source, destination) = (rows.source(first + i), rows.destination(first + i));
-                let of_row = if x.scale_tile().is_some() { 1.0 } else { x.outer_scale(source, 0) };
-                epilogue.store(y, destination, |j| {
-                    let of_column = match w.outer() {
-                        Outer::Tensor(s) => *s,
-                        Outer::Channel(s) => s[j],
-                        Outer::Tiles { .. } => 1.0,
-                    };
-                    sums[panel_index(j, i, count)] * of_column * of_row
-                });
+            let Plan { row_tasks, task_rows, task_panels, .. } = plan;
+            let sums = Sums { sums, task, rows: count, row_tasks, task_rows, task_panels };
+            let of_row = |i: usize| match x.scale_tile() {
+                Some(_) => 1.0,
+                None => x.outer_scale(rows.source(first + i), 0),
+            };
+            match rows {
+                Rows::Range { start, .. } => {
+                    let part = plan.blocking.store.div_ceil(w.n()).max(1);
+                    epilogue.store(cpu, y, (start + first, count, part), (&sums, 0), w.outer(), of_row);
+                }
+                Rows::Slots { .. } => {
+                    for i in 0..count {
+                        let at = rows.destination(first + i);
+                        epilogue.store(cpu, y, (at, 1, 1), (&sums, i), w.outer(), of_row);
+                    }
+                }
             }
             first += count;
         }
+    }
+
+    /// Loads rows of x and says what their magnitudes allow.
+    fn load(&self, rows: Rows<'_>, first: usize, a: &mut [f32], stride: usize) -> Quick {
+        let Problem { cpu, plan, x, w } = *self;
+        let seen = Mutex::new(Range::new(Smallest::BF16));
+        let part = plan.blocking.store.div_ceil(stride).max(1);
+        for_each(cpu.parallelism(), (&mut *a, part * stride), |p, a| {
+            let mut range = Range::new(Smallest::BF16);
+            for (i, row) in a.chunks_exact_mut(stride).enumerate() {
+                range = range.merge(x.load(cpu.tier(), rows.source(first + p * part + i), row));
+            }
+            let mut seen = seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            *seen = seen.merge(range);
+        });
+        let seen = seen.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let quick = Quick::new(w.scheme(), w.facts, seen);
+        let power = with_coding!(w.scheme(), |coding| coding.power());
+        if power != 0 && plan.decodes(a.len() / stride, quick) {
+            let factor = (power as f32).exp2();
+            a.iter_mut().for_each(|v| *v *= factor);
+        }
+        quick
+    }
+}
+
+impl Plan {
+    /// Whether so many rows take the decode kernel.
+    fn decodes(&self, rows: usize, quick: Quick) -> bool {
+        rows <= self.decode_rows && quick.values && quick.sums
     }
 }
 
@@ -174,58 +266,66 @@ struct Block<'a> {
     first: usize,
     count: usize,
     a: &'a [f32],
-    flush: bool,
+    stride: usize,
+    quick: Quick,
 }
 
 impl Block<'_> {
-    fn panel(&self, panel: usize, acc: &mut [[f32; LANES]], scratch: &mut [f32]) {
-        let Problem { cpu, plan, x, w } = self.problem;
-        let (decoded, scratch) = scratch.split_at_mut(STEPS * STEP * LANES);
-        let (part, row_scales) = scratch.split_at_mut(plan.rows * LANES);
-        let (part, row_scales) = (&mut part.as_chunks_mut().0[..self.count], &mut row_scales[..self.count]);
-        acc.fill([0.0; LANES]);
-        let padded_k = w.padded_k();
-        let Some(tile) = plan.tile else {
-            return self.sum(panel, 0, padded_k, decoded, acc);
-        };
-        for start in (0..w.k()).step_by(tile) {
-            part.fill([0.0; LANES]);
-            // The last tile may end off a step: it takes the padding too, which is zero.
-            let end = start.saturating_add(tile);
-            self.sum(panel, start, if end < w.k() { end } else { padded_k }, decoded, part);
-            let tiled = x.scale_tile().is_some();
-            for (i, scale) in row_scales.iter_mut().enumerate() {
-                *scale = if tiled { x.outer_scale(self.rows.source(self.first + i), start) } else { 1.0 };
+    fn task(&self, task: usize, sums: &mut [f32], scratch: &mut [f32]) {
+        let Block { problem: Problem { cpu, plan, x, w }, rows, count, stride, quick, .. } = *self;
+        let first_panel = task / plan.row_tasks * plan.task_panels;
+        let first_row = task % plan.row_tasks * plan.task_rows;
+        // The last block of rows may leave tasks without any.
+        let rows_here = plan.task_rows.min(count.saturating_sub(first_row));
+        let panels = plan.task_panels.min(w.layout.panels().saturating_sub(first_panel));
+        if rows_here == 0 || panels == 0 {
+            return;
+        }
+        let (decoded, part) = scratch.split_at_mut(plan.chunk());
+        let (decoded, part) = (decoded.as_chunks_mut().0, part.as_chunks_mut().0);
+        let sums = &mut sums.as_chunks_mut().0[..panels * rows_here];
+        let data = w.data.get().get(first_panel * w.layout.panel_bytes()..).unwrap_or_default();
+        let a = &self.a[first_row * stride..];
+        let tiles = plan.tile.map(|k| Tiles { k, x, w, rows, first: self.first + first_row });
+        let blocking = plan.blocking;
+        with_coding!(w.scheme(), |coding| {
+            if plan.decodes(count, quick) {
+                cpu.tier().run(Decode {
+                    coding,
+                    layout: w.layout,
+                    data,
+                    first_panel,
+                    x: a,
+                    stride,
+                    rows: rows_here,
+                    tiles,
+                    streams: blocking.streams,
+                    prefetch: blocking.prefetch,
+                    sums,
+                    part,
+                });
+            } else {
+                let prefill = Prefill {
+                    tier: cpu.tier(),
+                    coding: quick.values.then_some(coding),
+                    layout: w.layout,
+                    data,
+                    first_panel,
+                    x: a,
+                    stride,
+                    rows: rows_here,
+                    tiles,
+                    flush: quick.flush,
+                    together: plan.block.1,
+                    chunk_steps: blocking.chunk_steps,
+                    k_block: blocking.k_block,
+                    prefetch: blocking.prefetch,
+                    sums,
+                    part,
+                    decoded,
+                };
+                prefill.run();
             }
-            let lanes = std::array::from_fn(|l| match w.outer() {
-                Outer::Tiles { n, k, row, scales } => {
-                    let column = (panel * LANES + l).min(w.n() - 1);
-                    scales[column / n * row + start / k]
-                }
-                _ => 1.0,
-            });
-            cpu.tier().add_scaled(part, row_scales, &lanes, acc);
-        }
-    }
-
-    /// `acc += a . w` over k in `start..end`, both on steps.
-    fn sum(&self, panel: usize, start: usize, end: usize, decoded: &mut [f32], acc: &mut [[f32; LANES]]) {
-        let Problem { cpu, w, .. } = self.problem;
-        let tier = cpu.tier();
-        let (mut step, last) = (start / STEP, end / STEP);
-        while step < last {
-            let next = (step + STEPS).min(last);
-            w.decode(tier, panel, step..next, decoded);
-            let dot = PanelDot {
-                a: &self.a[step * STEP..],
-                a_stride: w.padded_k(),
-                b: decoded,
-                b_stride: LANES,
-                k: (0, (next - step) * STEP),
-                flush: self.flush,
-            };
-            tier.panel_dot(dot, acc);
-            step = next;
-        }
+        });
     }
 }

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use super::operand::Output;
-use crate::cpu::LANES;
+use super::packed::Outer;
+use crate::cpu::{Cpu, Kernel, LANES, Simd, for_each};
 use crate::num::{Real, math, rounded};
 use crate::view::MatMut;
 
@@ -23,6 +24,7 @@ pub enum Activation {
 
 impl Activation {
     /// The function, in f32 with the crate's own `exp`.
+    #[inline(always)]
     pub fn apply(self, x: f32) -> f32 {
         match self {
             Activation::None => x,
@@ -62,13 +64,38 @@ impl Default for MatmulOptions<'_> {
     }
 }
 
-/// One row's sums, by panels, on their way out.
+/// What happens to every row of one weight matrix.
+#[derive(Clone, Copy)]
 pub(super) struct RowEpilogue<'a> {
-    pub(super) alpha: f32,
-    pub(super) accumulate: bool,
-    pub(super) activation: Activation,
+    alpha: f32,
+    accumulate: bool,
+    activation: Activation,
     /// This expert's bias, `[n]`.
-    pub(super) bias: Option<&'a [f32]>,
+    bias: Option<&'a [f32]>,
+}
+
+/// Sums as tasks leave them: for each task `task` f32, `[panel][row][LANES]`.
+#[derive(Clone, Copy)]
+pub(super) struct Sums<'a> {
+    pub(super) sums: &'a [f32],
+    pub(super) task: usize,
+    /// Rows of all tasks side by side, how many tasks that are, and rows and panels of one.
+    pub(super) rows: usize,
+    pub(super) row_tasks: usize,
+    pub(super) task_rows: usize,
+    pub(super) task_panels: usize,
+}
+
+impl Sums<'_> {
+    /// Sums of row i with a panel.
+    #[inline(always)]
+    fn get(&self, i: usize, panel: usize) -> &[f32; LANES] {
+        let (of_rows, row) = (i / self.task_rows, i % self.task_rows);
+        let rows = self.task_rows.min(self.rows - of_rows * self.task_rows);
+        let at = (panel / self.task_panels * self.row_tasks + of_rows) * self.task;
+        let at = at + (panel % self.task_panels * rows + row) * LANES;
+        self.sums.get(at..).and_then(|s| s.first_chunk()).unwrap_or(&[0.0; LANES])
+    }
 }
 
 impl<'a> RowEpilogue<'a> {
@@ -76,31 +103,93 @@ impl<'a> RowEpilogue<'a> {
         RowEpilogue { alpha: options.alpha, accumulate: options.accumulate, activation: options.activation, bias }
     }
 
-    /// Stores row `row` of `y`; `sum(j)` is the scaled sum of column j.
-    pub(super) fn store(&self, y: &mut Output<'_>, row: usize, sum: impl Fn(usize) -> f32) {
+    /// Stores rows `first..first + count` of `y` from rows `i..` of `sums`, `part` rows at a time in parallel. `outer` holds the
+    /// weights' f32 scales, `of_row(i)` is the activations' of row i.
+    pub(super) fn store(
+        &self,
+        cpu: &Cpu<'_>,
+        y: &mut Output<'_>,
+        rows: (usize, usize, usize),
+        sums: (&Sums<'_>, usize),
+        outer: &Outer,
+        of_row: impl Fn(usize) -> f32 + Sync,
+    ) {
         match y {
-            Output::F32(y) => self.store_as(y, row, sum),
-            Output::Bf16(y) => self.store_as(y, row, sum),
-            Output::F16(y) => self.store_as(y, row, sum),
+            Output::F32(y) => self.store_as(cpu, y, rows, sums, outer, of_row),
+            Output::Bf16(y) => self.store_as(cpu, y, rows, sums, outer, of_row),
+            Output::F16(y) => self.store_as(cpu, y, rows, sums, outer, of_row),
         }
     }
 
-    fn store_as<T: Real>(&self, y: &mut MatMut<'_, T>, row: usize, sum: impl Fn(usize) -> f32) {
-        for (j, y) in y.row_mut(row).unwrap_or_default().iter_mut().enumerate() {
-            let mut v = self.alpha * sum(j);
-            if let Some(bias) = self.bias {
-                v += bias[j];
+    fn store_as<T: Real>(
+        &self,
+        cpu: &Cpu<'_>,
+        y: &mut MatMut<'_, T>,
+        (first, count, part): (usize, usize, usize),
+        (sums, i): (&Sums<'_>, usize),
+        outer: &Outer,
+        of_row: impl Fn(usize) -> f32 + Sync,
+    ) {
+        // The stride of a single row means nothing and may be smaller than the row.
+        let (n, stride) = (y.cols(), if y.rows() == 1 { y.cols() } else { y.row_stride() });
+        let Some(data) = y.data_mut().get_mut(first * stride..(first + count - 1) * stride + n) else { return };
+        for_each(cpu.parallelism(), (data, part * stride), |p, data| {
+            for (row, y) in data.chunks_mut(stride).enumerate() {
+                let i = i + p * part + row;
+                if let Some(y) = y.get_mut(..n) {
+                    cpu.tier().run(StoreRow { epilogue: *self, sums: *sums, i, of_row: of_row(i), outer, y });
+                }
             }
-            if self.accumulate {
-                v += y.to_f32();
-            }
-            v = self.activation.apply(v);
-            *y = rounded(v);
+        });
+    }
+}
+
+/// Scales, finishes and rounds one row.
+struct StoreRow<'a, T> {
+    epilogue: RowEpilogue<'a>,
+    sums: Sums<'a>,
+    i: usize,
+    of_row: f32,
+    outer: &'a Outer,
+    y: &'a mut [T],
+}
+
+impl<T: Real> Kernel for StoreRow<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        // One loop for each activation: none of them asks in the inner loop.
+        match self.epilogue.activation {
+            Activation::None => self.finish(|v| v),
+            Activation::Relu => self.finish(|v| Activation::Relu.apply(v)),
+            Activation::Silu => self.finish(|v| Activation::Silu.apply(v)),
+            Activation::GeluTanh => self.finish(|v| Activation::GeluTanh.apply(v)),
         }
     }
 }
 
-/// Position of column `j` of block row `i` in panel-major sums `[n / LANES][rows][LANES]`.
-pub(super) fn panel_index(j: usize, i: usize, rows: usize) -> usize {
-    (j / LANES * rows + i) * LANES + j % LANES
+impl<T: Real> StoreRow<'_, T> {
+    #[inline(always)]
+    fn finish(self, activation: impl Fn(f32) -> f32) {
+        let RowEpilogue { alpha, accumulate, bias, .. } = self.epilogue;
+        for (panel, y) in self.y.chunks_mut(LANES).enumerate() {
+            let mut v = *self.sums.get(self.i, panel);
+            let at = panel * LANES;
+            match self.outer {
+                Outer::Tensor(scale) => v.iter_mut().for_each(|v| *v *= scale),
+                Outer::Channel(scales) => v.iter_mut().zip(&scales[at..]).for_each(|(v, scale)| *v *= scale),
+                Outer::Tiles { .. } => {}
+            }
+            v.iter_mut().for_each(|v| *v = alpha * (*v * self.of_row));
+            if let Some(bias) = bias {
+                v.iter_mut().zip(&bias[at..]).for_each(|(v, bias)| *v += bias);
+            }
+            if accumulate {
+                v.iter_mut().zip(&*y).for_each(|(v, y)| *v += y.to_f32());
+            }
+            v.iter_mut().for_each(|v| *v = activation(*v));
+            for (y, v) in y.iter_mut().zip(v) {
+                *y = rounded(v);
+            }
+        }
+    }
 }

@@ -3,6 +3,7 @@
 
 use super::driver::{Plan, Problem, Rows};
 use super::epilogue::{MatmulOptions, RowEpilogue};
+use super::layout::PackedLayout;
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
 use crate::cpu::{Cpu, Workspace};
@@ -114,12 +115,15 @@ impl Cpu<'_> {
             };
             return Err(Error::Value { operand: "expert offsets".into(), at, got: offset.to_string(), needed });
         }
-        let plan = Plan::new(self, &x, &w.experts[0], x.m())?;
-        let (scratch, _) = workspace.take(plan.scratch(&w.experts[0], x.m()), 0);
-        for (e, range) in offsets.windows(2).enumerate() {
-            let rows = Rows::Range { start: range[0] as usize, len: (range[1] - range[0]) as usize };
-            let problem = Problem { cpu: self, plan, x: &x, w: &w.experts[e] };
-            problem.run(rows, &epilogue(options, e, w.n()), &mut y, scratch);
+        let layout = w.experts[0].layout();
+        let groups = || offsets.windows(2).map(|range| (range[0] as usize, (range[1] - range[0]) as usize)).enumerate();
+        // Loops are cut for the rows that each expert has.
+        let plan = |rows| Plan::new(self, x.scale_tile(), layout, rows);
+        let floats = scratch(layout, groups().map(|(_, (_, rows))| rows), plan)?;
+        let (scratch, _) = workspace.take(floats, 0);
+        for (e, (start, len)) in groups() {
+            let problem = Problem { cpu: self, plan: plan(len)?, x: &x, w: &w.experts[e] };
+            problem.run(Rows::Range { start, len }, &epilogue(options, e, w.n()), &mut y, scratch);
         }
         Ok(())
     }
@@ -158,14 +162,20 @@ impl Cpu<'_> {
         if let Some(at) = ids.iter().position(|id| *id as usize >= w.len()) {
             return Err(Error::Index { operand: "expert ids".into(), at, got: ids[at].into(), limit: w.len() });
         }
-        let plan = Plan::new(self, &x, &w.experts[0], ids.len())?;
-        let (scratch, indices) = workspace.take(plan.scratch(&w.experts[0], ids.len()), ids.len() + w.len() + 1);
-        let (slots, ends) = indices.split_at_mut(ids.len());
+        let layout = w.experts[0].layout();
+        let plan = |rows| Plan::new(self, x.scale_tile(), layout, rows);
+        let indices = ids.len() + w.len() + 1;
+        let (slots, ends) = workspace.take(0, indices).1.split_at_mut(ids.len());
         sort_by_expert(ids, slots, ends);
+        let counts = ends.windows(2).map(|ends| ends[1] - ends[0]);
+        let floats = scratch(layout, counts, plan)?;
+        // The indices stay where they are: there is room for them already.
+        let (scratch, indices) = workspace.take(floats, indices);
+        let (slots, ends) = indices.split_at(ids.len());
         for e in 0..w.len() {
-            let rows = Rows::Slots { slots: &slots[ends[e]..ends[e + 1]], share };
-            let problem = Problem { cpu: self, plan, x: &x, w: &w.experts[e] };
-            problem.run(rows, &epilogue(options, e, w.n()), &mut y, scratch);
+            let slots = &slots[ends[e]..ends[e + 1]];
+            let problem = Problem { cpu: self, plan: plan(slots.len())?, x: &x, w: &w.experts[e] };
+            problem.run(Rows::Slots { slots, share }, &epilogue(options, e, w.n()), &mut y, scratch);
         }
         Ok(())
     }
@@ -185,6 +195,19 @@ fn check(
         Some(bias) => length("bias", bias.len(), mul("bias", w.len(), w.n())?),
         None => Ok(()),
     }
+}
+
+/// Most scratch that any expert's plan needs.
+fn scratch(
+    layout: &PackedLayout,
+    rows: impl Iterator<Item = usize>,
+    plan: impl Fn(usize) -> Result<Plan>,
+) -> Result<usize> {
+    let mut most = 0;
+    for rows in rows {
+        most = most.max(plan(rows)?.scratch(layout, rows));
+    }
+    Ok(most)
 }
 
 fn epilogue<'a>(options: &MatmulOptions<'a>, expert: usize, n: usize) -> RowEpilogue<'a> {

@@ -4,15 +4,25 @@
 //! `docs/numerics.md`; [`oracle`] is the same product in f64 with the bound within which every result must lie.
 #![forbid(unsafe_code)]
 
+mod coding;
+mod decode;
 mod dense;
 mod driver;
 mod epilogue;
 mod experts;
+mod explain;
+mod file;
+mod layout;
 mod operand;
 pub mod oracle;
+mod pack;
 mod packed;
+mod prefill;
+mod tiles;
 
 pub use epilogue::{Activation, MatmulOptions};
 pub use experts::{PackedExperts, RowSource};
+pub use explain::MatmulProblem;
+pub use layout::PackedLayout;
 pub use operand::{Activations, Output};
 pub use packed::PackedMatrix;

@@ -1,10 +1,11 @@
 //! What goes in and what comes out: activations and outputs of any plain type.
 #![forbid(unsafe_code)]
 
-use crate::cpu::{Smallest, flush};
+use crate::cpu::{Kernel, Range, Simd, Smallest, Tier, flush};
 use crate::num::{Real, RealSlice, RealSliceMut};
 use crate::quant::{QuantizedMatrix, Scheme};
 use crate::view::{MatMut, MatRef};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// The left operand `[m, k]`: plain values, or codes and scales of any [`Scheme`] (W8A8, W4A8, MX x MX).
@@ -43,21 +44,13 @@ impl Activations<'_> {
     }
 
     /// Row `row` as f32 with subnormals read as zero and zeros past k, and what was seen.
-    pub(super) fn load(&self, row: usize, out: &mut [f32]) -> Smallest {
+    pub(super) fn load(&self, tier: Tier, row: usize, out: &mut [f32]) -> Range {
         let (values, pad) = out.split_at_mut(self.k());
         pad.fill(0.0);
-        let mut seen = match self {
-            Activations::F32(x) => copy(x.row(row), values, Smallest::F32),
-            Activations::Bf16(x) => copy(x.row(row), values, Smallest::BF16),
-            Activations::F16(x) => copy(x.row(row), values, Smallest::F32),
-            Activations::Quantized(x) => {
-                x.decode_row(row, values);
-                values.iter_mut().for_each(|v| *v = flush(*v));
-                Smallest::BF16
-            }
-        };
-        seen.see(values);
-        seen
+        let exact_in_bf16 = matches!(self, Activations::Bf16(_) | Activations::Quantized(_));
+        let mut range = Range::new(if exact_in_bf16 { Smallest::BF16 } else { Smallest::F32 });
+        tier.run(Load { x: self, row, values, range: &mut range });
+        range
     }
 
     /// Elements along k of one f32 scale tile, if scales change along k.
@@ -80,11 +73,33 @@ impl Activations<'_> {
     }
 }
 
-fn copy<T: Real>(row: Option<&[T]>, out: &mut [f32], kind: Smallest) -> Smallest {
-    for (y, x) in out.iter_mut().zip(row.unwrap_or_default()) {
-        *y = flush(x.to_f32());
+/// [`Activations::load`], compiled for a tier.
+struct Load<'a> {
+    x: &'a Activations<'a>,
+    row: usize,
+    values: &'a mut [f32],
+    range: &'a mut Range,
+}
+
+impl Kernel for Load<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Load { x, row, values, range } = self;
+        match x {
+            Activations::F32(x) => values.copy_from_slice(x.row(row).unwrap_or_default()),
+            Activations::Bf16(x) => {
+                for (value, x) in values.iter_mut().zip(x.row(row).unwrap_or_default()) {
+                    *value = f32::from_bits(u32::from(x.to_bits()) << 16);
+                }
+            }
+            Activations::F16(x) => x.row(row).unwrap_or_default().convert_to_f32_slice(values),
+            Activations::Quantized(x) => x.decode_row(row, values),
+        }
+        for value in &mut *values {
+            *value = flush(*value);
+        }
+        range.see(values);
     }
-    kind
 }
 
 /// The result `[m, n]`, rounded once to the type it is stored in.

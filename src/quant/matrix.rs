@@ -482,12 +482,6 @@ impl<'a> QuantizedMatrix<'a> {
         }
     }
 
-    /// Code bytes of the 32 elements from `32 * step` of a row, in [`NibbleOrder::Interleaved`] order, zero past k.
-    /// `out` has the bytes of 32 codes.
-    pub(crate) fn step_codes(&self, row: usize, step: usize, out: &mut [u8]) {
-        self.copy_codes(row, step * 32, out);
-    }
-
     /// Code bytes of as many elements as `out` has room for, from the even element `first` of a row, in
     /// [`NibbleOrder::Interleaved`] order, zero past k.
     #[inline]

@@ -1,0 +1,85 @@
+//! Every environment variable the crate's CPU path reads and every constant its loops are tuned by: type, default, reason.
+#![forbid(unsafe_code)]
+
+use super::isa::Caches;
+
+/// `TRN_KERNELS_ISA`: `portable`, `avx2`, `avx512` or `amx`; not set by default. Caps the tier that [`Cpu::detect`] takes, to
+/// compare or measure tiers. Read once in a process.
+///
+/// [`Cpu::detect`]: super::Cpu::detect
+pub const ISA: &str = "TRN_KERNELS_ISA";
+
+/// The only place that reads the environment.
+pub(super) fn env(name: &str) -> Option<String> {
+    std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
+}
+
+/// How matmul's loops are cut. Results do not depend on it: every field may have any value (tests shrink them to cross every
+/// edge with small matrices), zeros count as 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Blocking {
+    /// Panels of 16 columns walked in step by the decode kernel. Default 8: one sequential stream leaves 30 to 40 % of DRAM
+    /// bandwidth unused, eight recover it; more cost TLB entries.
+    pub streams: usize,
+    /// Bytes ahead of the decode kernel's loads that it prefetches in each stream. Default 2048: with 8 streams 16 KiB are in
+    /// flight, more than latency times bandwidth of a core and less than half of L1.
+    pub prefetch: usize,
+    /// Steps of 32 k decoded at a time for the prefill kernel. Default 4: 128 k of 3 panels are 24 KiB of f32, half of a 48 KiB
+    /// L1, the rest is for rows of x; 2 where L1 is smaller.
+    pub chunk_steps: usize,
+    /// k that the prefill kernel takes through all panels of a task before it goes on. Default: so many that a block of rows of
+    /// x, in f32, fills half of L2, at least one chunk. A scale tile is never cut.
+    pub k_block: usize,
+    /// Most rows of x at a time. Default 512: a decoded weight is used 512 times, so decoding costs below 1 %, and sums and rows
+    /// of x still fit L2 in blocks.
+    pub rows: usize,
+    /// Most sums kept at a time, in f32. Default 2^22: 16 MiB bound the workspace when n is a vocabulary.
+    pub sums: usize,
+    /// Tasks for each thread. Default 4: a slow core then holds up the rest by an eighth of the work, and a fork stays cheap.
+    pub tasks: usize,
+    /// Outputs below which rows are stored by the calling thread alone. Default 65536: they take what a fork costs, 10 to 30 us.
+    pub store: usize,
+}
+
+impl Blocking {
+    /// For these caches.
+    pub fn of(caches: Caches) -> Blocking {
+        let rows = 512;
+        let chunk_steps = if caches.l1 >= 48 << 10 { 4 } else { 2 };
+        Blocking {
+            streams: 8,
+            prefetch: 2048,
+            chunk_steps,
+            k_block: (caches.l2 / 2 / (rows * size_of::<f32>())).max(chunk_steps * 32),
+            rows,
+            sums: 1 << 22,
+            tasks: 4,
+            store: 1 << 16,
+        }
+    }
+
+    /// Every field at least 1.
+    pub(crate) fn sane(self) -> Blocking {
+        Blocking {
+            streams: self.streams.clamp(1, MAX_STREAMS),
+            prefetch: self.prefetch,
+            chunk_steps: self.chunk_steps.clamp(1, MAX_CHUNK_STEPS),
+            k_block: self.k_block.max(1),
+            rows: self.rows.max(1),
+            sums: self.sums.max(1),
+            tasks: self.tasks.max(1),
+            store: self.store,
+        }
+    }
+}
+
+impl Default for Blocking {
+    /// For this machine's caches.
+    fn default() -> Self {
+        Blocking::of(Caches::detect())
+    }
+}
+
+/// Bounds of what scratch memory is multiplied by.
+const MAX_STREAMS: usize = 64;
+const MAX_CHUNK_STEPS: usize = 64;

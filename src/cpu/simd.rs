@@ -1,0 +1,101 @@
+//! What algorithms need of a machine: sixteen f32 lanes, and the decoding of codes into them.
+#![forbid(unsafe_code)]
+
+/// Columns of a panel: outputs computed side by side, each in a lane of its own.
+pub(crate) const LANES: usize = 16;
+
+/// Elements along k after which the two chains are added to the accumulator: one MX block, one AMX tile row.
+pub(crate) const STEP: usize = 32;
+
+/// Bytes of a cache line: what codes are read in.
+pub(crate) const LINE: usize = 64;
+
+/// How the four FP8 elements sit in the bits of an f16: `code << 8`, shifted right with its sign by `shift`, is an f16 under
+/// `mask` whose value is the code's times `2^-power`, subnormals included (an f16 has one or two exponent bits more). Infinities
+/// and NaN of formats with fewer exponent bits are not: who packs sees them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Fp8Bits {
+    pub(crate) values: &'static [f32; 256],
+    pub(crate) shift: u32,
+    pub(crate) mask: u16,
+    pub(crate) power: i32,
+}
+
+impl Fp8Bits {
+    pub(crate) fn of(element: crate::num::Fp8) -> Fp8Bits {
+        let format = element.format();
+        let shift = 5 - format.exponent_bits();
+        // The sign, and the exponent and mantissa bits below the copies of the sign.
+        let mask = 0x8000 | ((0x7F00u32 >> shift) as u16 & (0x7FFF >> shift));
+        Fp8Bits { values: element.values(), shift, mask, power: 15 - format.bias() }
+    }
+}
+
+/// Sixteen f32 lanes of one machine. A value of the type is the proof that the machine has the instructions, so every method is
+/// safe; all are `#[inline(always)]` and compiled with the features of the [`Kernel`](super::Kernel) entry they end up in.
+pub(crate) trait Simd: Copy {
+    /// Sixteen f32.
+    type V: Copy;
+    /// Sixteen u32.
+    type W: Copy;
+
+    /// Rows and panels of the prefill kernel's register block.
+    const BLOCK: (usize, usize);
+    /// Most rows the decode kernel takes at once: 4, 2, or 0 where it does not pay.
+    const DECODE_ROWS: usize;
+
+    fn splat(self, x: f32) -> Self::V;
+    /// [`Simd::splat`] of a number in memory that several operations use: loaded once, into a register.
+    #[inline(always)]
+    fn splat_from(self, x: &f32) -> Self::V {
+        self.splat(*x)
+    }
+    fn load(self, x: &[f32; LANES]) -> Self::V;
+    fn store(self, x: Self::V, to: &mut [f32; LANES]);
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Subnormals become zero of their sign; NaN stays.
+    fn flush(self, x: Self::V) -> Self::V;
+
+    /// Sixteen little-endian words.
+    fn words(self, line: &[u8; LINE]) -> Self::W;
+    /// Value of the E2M1 code in bits `SHIFT..SHIFT + 4` of each word.
+    fn fp4<const SHIFT: u32>(self, words: Self::W) -> Self::V;
+    /// Values of the bf16 in the low and in the high half of each word.
+    fn bf16(self, words: Self::W) -> [Self::V; 2];
+    /// Four k of FP8 codes, times `2^-power`: k `2 p + b` of lane l is byte `32 p + 2 l + b`.
+    fn fp8(self, line: &[u8; LINE], bits: Fp8Bits) -> [Self::V; 4];
+    /// Powers of two of E8M0 codes 1 to 254.
+    fn e8m0(self, codes: &[u8; LANES]) -> Self::V;
+    /// Values of E4M3FN codes 0 to 0x7E.
+    fn e4m3(self, codes: &[u8; LANES]) -> Self::V;
+
+    /// Asks for the cache line at `data + at` bytes; a hint, any address will do.
+    fn prefetch(self, data: *const u8);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::num::Fp8;
+    use half::f16;
+
+    /// The claim of [`Fp8Bits`], for every code.
+    #[test]
+    fn fp8_codes_are_f16_bits() {
+        for element in Fp8::ALL {
+            let bits = Fp8Bits::of(element);
+            for code in 0..=255u8 {
+                let value = element.values()[usize::from(code)];
+                let word = (i16::from_ne_bytes([0, code]) >> bits.shift) as u16 & bits.mask;
+                let got = f16::from_bits(word).to_f32() * (bits.power as f32).exp2();
+                assert!(
+                    got.to_bits() == value.to_bits() || !value.is_finite(),
+                    "{element:?} {code:#04x}: {got} {value}"
+                );
+            }
+        }
+    }
+}

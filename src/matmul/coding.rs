@@ -1,0 +1,285 @@
+//! How the lines of a packed step become sixteen lanes of f32, for each kind of code.
+#![forbid(unsafe_code)]
+
+use crate::cpu::{Fp8Bits, LANES, LINE, STEP, Simd, flush};
+use crate::num::{E8M0, F4E2M1x2, F8E4M3Fn};
+use crate::quant::Scheme;
+use half::bf16;
+
+/// Most k in a line.
+const MAX_K: usize = 8;
+
+/// A kind of code, as kernels read it where [`Quick`](super::driver::Quick) holds.
+pub(super) trait Coding: Copy + Sync {
+    /// Lines of codes in a step.
+    const LINES: usize;
+    /// k in a line.
+    const K: usize = STEP / Self::LINES;
+
+    /// The block scales of a step.
+    fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2];
+
+    /// Values of line `i` of a step, ascending k, the first [`Coding::K`] of them; but for what [`Coding::rest`] is still to do.
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[S::V; 2]) -> [S::V; MAX_K];
+
+    /// Exponent of the power of two that values of [`Coding::line`] are short of: the decode kernel's x is multiplied by it.
+    fn power(self) -> i32 {
+        0
+    }
+
+    /// `acc + sum` for a step's sum of products with values of [`Coding::line`] and x times `2^power`.
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[S::V; 2]) -> S::V;
+
+    /// What turns a value of [`Coding::line`] into code x block scale.
+    fn rest<S: Simd>(self, s: S, value: S::V, scales: &[S::V; 2]) -> S::V;
+}
+
+/// First lanes of a slice of scales.
+#[inline(always)]
+fn lanes(codes: &[u8]) -> &[u8; LANES] {
+    codes.first_chunk().unwrap_or(&[0; LANES])
+}
+
+/// MXFP4: sums of whole steps are scaled, not elements.
+#[derive(Clone, Copy)]
+pub(super) struct Mxfp4;
+
+/// NVFP4: its scales are no powers of two, so they multiply elements, as they are defined.
+#[derive(Clone, Copy)]
+pub(super) struct Nvfp4;
+
+/// bf16.
+#[derive(Clone, Copy)]
+pub(super) struct Bf16;
+
+/// FP8 without block scales.
+#[derive(Clone, Copy)]
+pub(super) struct Fp8Plain(pub(super) Fp8Bits);
+
+/// MXFP8: sums of whole steps are scaled, not elements.
+#[derive(Clone, Copy)]
+pub(super) struct Mxfp8(pub(super) Fp8Bits);
+
+#[inline(always)]
+fn fp4<S: Simd>(s: S, line: &[u8; LINE]) -> [S::V; MAX_K] {
+    let words = s.words(line);
+    [
+        s.fp4::<0>(words),
+        s.fp4::<16>(words),
+        s.fp4::<4>(words),
+        s.fp4::<20>(words),
+        s.fp4::<8>(words),
+        s.fp4::<24>(words),
+        s.fp4::<12>(words),
+        s.fp4::<28>(words),
+    ]
+}
+
+#[inline(always)]
+fn fp8<S: Simd>(s: S, line: &[u8; LINE], bits: Fp8Bits) -> [S::V; MAX_K] {
+    let [a, b, c, d] = s.fp8(line, bits);
+    [a, b, c, d, a, b, c, d]
+}
+
+/// `2^exponent`, a normal number.
+fn power_of_two(exponent: i32) -> f32 {
+    f32::from_bits(((127 + exponent) as u32) << 23)
+}
+
+impl Coding for Mxfp4 {
+    const LINES: usize = 4;
+
+    #[inline(always)]
+    fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {
+        let scale = s.e8m0(lanes(codes));
+        [scale, scale]
+    }
+
+    #[inline(always)]
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[S::V; 2]) -> [S::V; MAX_K] {
+        fp4(s, line)
+    }
+
+    #[inline(always)]
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[S::V; 2]) -> S::V {
+        s.fma(sum, scales[0], acc)
+    }
+
+    #[inline(always)]
+    fn rest<S: Simd>(self, s: S, value: S::V, scales: &[S::V; 2]) -> S::V {
+        s.mul(value, scales[0])
+    }
+}
+
+impl Coding for Nvfp4 {
+    const LINES: usize = 4;
+
+    #[inline(always)]
+    fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {
+        let (first, second) = codes.split_at(codes.len() / 2);
+        [s.e4m3(lanes(first)), s.e4m3(lanes(second))]
+    }
+
+    #[inline(always)]
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[S::V; 2]) -> [S::V; MAX_K] {
+        let scale = if i < 2 { scales[0] } else { scales[1] };
+        let mut values = fp4(s, line);
+        for value in &mut values {
+            *value = s.mul(*value, scale);
+        }
+        values
+    }
+
+    #[inline(always)]
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[S::V; 2]) -> S::V {
+        s.add(acc, sum)
+    }
+
+    #[inline(always)]
+    fn rest<S: Simd>(self, _: S, value: S::V, _: &[S::V; 2]) -> S::V {
+        value
+    }
+}
+
+impl Coding for Bf16 {
+    const LINES: usize = 16;
+
+    #[inline(always)]
+    fn scales<S: Simd>(self, s: S, _: &[u8]) -> [S::V; 2] {
+        [s.splat(1.0); 2]
+    }
+
+    #[inline(always)]
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[S::V; 2]) -> [S::V; MAX_K] {
+        let [a, b] = s.bf16(s.words(line));
+        [a, b, a, b, a, b, a, b]
+    }
+
+    #[inline(always)]
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[S::V; 2]) -> S::V {
+        s.add(acc, sum)
+    }
+
+    #[inline(always)]
+    fn rest<S: Simd>(self, _: S, value: S::V, _: &[S::V; 2]) -> S::V {
+        value
+    }
+}
+
+impl Coding for Fp8Plain {
+    const LINES: usize = 8;
+
+    #[inline(always)]
+    fn scales<S: Simd>(self, s: S, _: &[u8]) -> [S::V; 2] {
+        [s.splat(power_of_two(self.0.power)); 2]
+    }
+
+    #[inline(always)]
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[S::V; 2]) -> [S::V; MAX_K] {
+        fp8(s, line, self.0)
+    }
+
+    #[inline(always)]
+    fn power(self) -> i32 {
+        self.0.power
+    }
+
+    #[inline(always)]
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[S::V; 2]) -> S::V {
+        s.add(acc, sum)
+    }
+
+    #[inline(always)]
+    fn rest<S: Simd>(self, s: S, value: S::V, scales: &[S::V; 2]) -> S::V {
+        s.mul(value, scales[0])
+    }
+}
+
+impl Coding for Mxfp8 {
+    const LINES: usize = 8;
+
+    #[inline(always)]
+    fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {
+        [s.e8m0(lanes(codes)), s.splat(power_of_two(self.0.power))]
+    }
+
+    #[inline(always)]
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[S::V; 2]) -> [S::V; MAX_K] {
+        fp8(s, line, self.0)
+    }
+
+    #[inline(always)]
+    fn power(self) -> i32 {
+        self.0.power
+    }
+
+    #[inline(always)]
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[S::V; 2]) -> S::V {
+        s.fma(sum, scales[0], acc)
+    }
+
+    #[inline(always)]
+    fn rest<S: Simd>(self, s: S, value: S::V, scales: &[S::V; 2]) -> S::V {
+        s.mul(s.mul(value, scales[1]), scales[0])
+    }
+}
+
+/// Calls `$f` with the [`Coding`] of a scheme.
+macro_rules! with_coding {
+    ($scheme:expr, |$coding:ident| $body:expr) => {{
+        use crate::cpu::Fp8Bits;
+        use crate::matmul::coding;
+        use crate::quant::Scheme;
+        match $scheme {
+            Scheme::Mxfp4 => {
+                let $coding = coding::Mxfp4;
+                $body
+            }
+            Scheme::Nvfp4 => {
+                let $coding = coding::Nvfp4;
+                $body
+            }
+            Scheme::Bf16 => {
+                let $coding = coding::Bf16;
+                $body
+            }
+            Scheme::Mxfp8(element) => {
+                let $coding = coding::Mxfp8(Fp8Bits::of(element));
+                $body
+            }
+            Scheme::Fp8PerTensor(element) | Scheme::Fp8PerChannel(element) | Scheme::Fp8Blockwise { element, .. } => {
+                let $coding = coding::Fp8Plain(Fp8Bits::of(element));
+                $body
+            }
+        }
+    }};
+}
+pub(super) use with_coding;
+
+/// The definition, for any codes and scales: values `[32][16]` of a step, code x block scale, subnormals flushed.
+#[inline(always)]
+pub(super) fn decode_any(scheme: Scheme, scales: &[u8], codes: &[u8], out: &mut [[f32; LANES]; STEP]) {
+    let scale = |l: usize, k: usize| match scheme {
+        Scheme::Mxfp4 | Scheme::Mxfp8(_) => E8M0::from_bits(scales[l]).to_f32(),
+        Scheme::Nvfp4 => F8E4M3Fn::from_bits(scales[k / 16 * LANES + l]).to_f32(),
+        _ => 1.0,
+    };
+    let fp8 = scheme.fp8().map(crate::num::Fp8::values);
+    for (k, out) in out.iter_mut().enumerate() {
+        for (l, out) in out.iter_mut().enumerate() {
+            let element = match (scheme.bits(), fp8) {
+                (4, _) => {
+                    let nibble = k % 8 / 2 + k % 2 * 4;
+                    let byte = codes[k / 8 * LINE + 4 * l + nibble / 2];
+                    F4E2M1x2::VALUES[usize::from(byte >> (nibble % 2 * 4) & 15)]
+                }
+                (_, Some(values)) => values[usize::from(codes[k / 2 * 2 * LANES + 2 * l + k % 2])],
+                _ => {
+                    let at = k / 2 * LINE + 4 * l + k % 2 * 2;
+                    bf16::from_le_bytes([codes[at], codes[at + 1]]).to_f32()
+                }
+            };
+            *out = flush(element * scale(l, k));
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Which kernel a call takes, and why, in words.
+#![forbid(unsafe_code)]
+
+use super::coding::with_coding;
+use super::driver::Plan;
+use super::layout::PackedLayout;
+use crate::cpu::{Cpu, Isa};
+use crate::error::Result;
+use crate::quant::Scheme;
+
+/// Extents and scheme of a matmul, as far as its plan depends on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatmulProblem {
+    /// How the weights are quantized.
+    pub scheme: Scheme,
+    /// Rows of x.
+    pub m: usize,
+    /// Output channels.
+    pub n: usize,
+    /// The contraction axis.
+    pub k: usize,
+}
+
+impl Cpu<'_> {
+    /// Which kernel, tile sizes and threads [`Cpu::matmul`] takes for plain activations, and why, in words.
+    ///
+    /// # Errors
+    /// As [`Cpu::pack`](Cpu::pack) for such weights.
+    pub fn explain(&self, problem: &MatmulProblem) -> Result<String> {
+        let MatmulProblem { scheme, m, n, k } = *problem;
+        super::pack::check_tiles(scheme, k)?;
+        let layout = PackedLayout::new(scheme, n, k)?;
+        let plan = Plan::new(self, None, &layout, m)?;
+        let isa = self.isa();
+        let mut text = format!("{m} x {n} x {k} (m x n x k), {scheme:?}, on {isa}: {}.\n{layout}.\n", why(isa));
+        if m == 0 || n == 0 {
+            text.push_str("There is nothing to compute.\n");
+            return Ok(text);
+        }
+        let blocking = plan.blocking;
+        if plan.rows <= plan.decode_rows {
+            let power = with_coding!(scheme, |coding| super::coding::Coding::power(coding));
+            text.push_str(&format!(
+                "Decode kernel: {} rows are at most {}, so memory is the limit; codes are read once, decoded in registers and \
+                 multiplied at once. {} panels of 16 columns are walked in step and {} bytes ahead are prefetched, because one \
+                 stream does not fill the memory's bandwidth.\n",
+                plan.rows, plan.decode_rows, blocking.streams, blocking.prefetch,
+            ));
+            if power != 0 {
+                text.push_str(&format!(
+                    "x is multiplied by 2^{power} while it is loaded, which decoding leaves out.\n"
+                ));
+            }
+            text.push_str(
+                "Numbers for which a shortcut is not proved exact (subnormals, NaN codes, the ends of f32's range) take the \
+                 prefill kernel instead: same bits.\n",
+            );
+        } else {
+            let (rows, panels) = plan.block;
+            text.push_str(&format!(
+                "Prefill kernel: {} rows at a time share each decoded weight, so arithmetic is the limit; {} k of {panels} panels \
+                 are decoded to f32 in L1, blocks of {} k keep the rows of x in L2, and {rows} rows by {} columns of sums are in \
+                 registers.\n",
+                plan.rows,
+                blocking.chunk_steps * 32,
+                blocking.k_block,
+                panels * 16,
+            ));
+        }
+        let threads = self.parallelism().threads();
+        text.push_str(&format!(
+            "{threads} thread(s): {} task(s) along n of {} panels by {} along m of {} rows.\n",
+            plan.panel_tasks, plan.task_panels, plan.row_tasks, plan.task_rows,
+        ));
+        if let Some(tile) = plan.tile {
+            text.push_str(&format!("f32 scales change every {tile} k: the sums between them are apart.\n"));
+        }
+        Ok(text)
+    }
+}
+
+/// Why this tier and no better one.
+fn why(isa: Isa) -> String {
+    let better: Vec<String> = Isa::ALL
+        .into_iter()
+        .filter(|other| *other > isa)
+        .map(|other| match other.missing() {
+            Some(missing) => format!("not {other}: {missing}"),
+            None => format!("not {other}: another tier was asked for"),
+        })
+        .collect();
+    if better.is_empty() { "the best tier there is".into() } else { better.join("; ") }
+}

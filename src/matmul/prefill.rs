@@ -1,0 +1,263 @@
+//! Many rows of x, or numbers that the decode kernel's shortcuts do not cover: a few panels are decoded to f32 in the cache and
+//! multiplied by all rows, in blocks that fill the registers.
+#![forbid(unsafe_code)]
+
+use super::coding::{Coding, decode_any};
+use super::layout::PackedLayout;
+use super::tiles::{AddScaled, Tiles};
+use crate::cpu::{Kernel, LANES, LINE, STEP, Simd, Tier, flushed};
+use std::ops::Range;
+
+/// Sums of rows of x with consecutive panels.
+pub(super) struct Prefill<'a, C> {
+    pub(super) tier: Tier,
+    /// `None`: decode by definition.
+    pub(super) coding: Option<C>,
+    pub(super) layout: PackedLayout,
+    /// Packed bytes from the first panel on, and its index.
+    pub(super) data: &'a [u8],
+    pub(super) first_panel: usize,
+    /// Rows of x, `stride` apart.
+    pub(super) x: &'a [f32],
+    pub(super) stride: usize,
+    pub(super) rows: usize,
+    pub(super) tiles: Option<Tiles<'a>>,
+    /// Whether subnormals may arise.
+    pub(super) flush: bool,
+    /// Panels of a register block.
+    pub(super) together: usize,
+    /// Steps decoded at a time, and k in a block.
+    pub(super) chunk_steps: usize,
+    pub(super) k_block: usize,
+    pub(super) prefetch: usize,
+    /// `[panel][rows]`.
+    pub(super) sums: &'a mut [[f32; LANES]],
+    /// `[panels of a register block][rows]`, used with tiles.
+    pub(super) part: &'a mut [[f32; LANES]],
+    /// `[chunk_steps * 32][panels of a register block]`.
+    pub(super) decoded: &'a mut [[f32; LANES]],
+}
+
+impl<C: Coding> Prefill<'_, C> {
+    pub(super) fn run(mut self) {
+        let (steps, panels) = (self.layout.steps(), self.sums.len() / self.rows);
+        self.sums.fill([0.0; LANES]);
+        let mut start = 0;
+        while start < steps {
+            // A whole number of tiles.
+            let mut end = start + (self.k_block / STEP).max(1);
+            if let Some(tiles) = &self.tiles {
+                end = tiles.end(end - 1);
+            }
+            let end = end.min(steps);
+            for panel in (0..panels).step_by(self.together) {
+                self.block(panel, self.together.min(panels - panel), start..end);
+            }
+            start = end;
+        }
+    }
+
+    /// Takes a block of k through a few panels and all rows.
+    fn block(&mut self, panel: usize, panels: usize, block: Range<usize>) {
+        let (tier, layout, rows) = (self.tier, self.layout, self.rows);
+        let sums = &mut self.sums[panel * rows..(panel + panels) * rows];
+        let mut step = block.start;
+        while step < block.end {
+            let mut end = (step + self.chunk_steps).min(block.end);
+            if let Some(tiles) = &self.tiles {
+                end = end.min(tiles.end(step));
+            }
+            let decoded = &mut self.decoded[..(end - step) * STEP * panels];
+            let data = &self.data[panel * layout.panel_bytes()..];
+            match self.coding {
+                Some(coding) => {
+                    tier.run(Decoded { coding, layout, data, panels, step, prefetch: self.prefetch, out: decoded });
+                }
+                None => tier.run(DecodedAny { layout, data, panels, step, out: decoded }),
+            }
+            let (x, stride, flush) = (&self.x[step * STEP..], self.stride, self.flush);
+            match &self.tiles {
+                None => tier.run(Multiply { x, stride, rows, decoded, panels, flush, sums }),
+                Some(tiles) => {
+                    let part = &mut self.part[..panels * rows];
+                    if tiles.begins(step) {
+                        part.fill([0.0; LANES]);
+                    }
+                    tier.run(Multiply { x, stride, rows, decoded, panels, flush, sums: part });
+                    if tiles.ends(end, layout.steps()) {
+                        let panel = self.first_panel + panel;
+                        tier.run(AddScaled { tiles, panel, start: tiles.start(step), rows, part, acc: sums });
+                    }
+                }
+            }
+            step = end;
+        }
+    }
+}
+
+/// Decodes steps of a few panels from step `step` on, to `[k][panel]`.
+struct Decoded<'a, C> {
+    coding: C,
+    layout: PackedLayout,
+    data: &'a [u8],
+    panels: usize,
+    step: usize,
+    prefetch: usize,
+    out: &'a mut [[f32; LANES]],
+}
+
+impl<C: Coding> Kernel for Decoded<'_, C> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Decoded { coding, layout, data, panels, .. } = self;
+        for p in 0..panels {
+            let panel = &data[p * layout.panel_bytes()..];
+            for (step, out) in self.out.chunks_exact_mut(STEP * panels).enumerate() {
+                let (scales, codes) = layout.step(self.step + step);
+                let scales = coding.scales(s, &panel[scales]);
+                let lines = panel[codes].as_chunks::<LINE>().0;
+                for (i, (line, out)) in lines.iter().zip(out.chunks_exact_mut(C::K * panels)).enumerate() {
+                    s.prefetch(line.as_ptr().wrapping_add(self.prefetch));
+                    let values = coding.line(s, line, i, &scales);
+                    for k in 0..C::K {
+                        s.store(coding.rest(s, values[k], &scales), &mut out[k * panels + p]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// As [`Decoded`], for any numbers.
+struct DecodedAny<'a> {
+    layout: PackedLayout,
+    data: &'a [u8],
+    panels: usize,
+    step: usize,
+    out: &'a mut [[f32; LANES]],
+}
+
+impl Kernel for DecodedAny<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let DecodedAny { layout, data, panels, .. } = self;
+        let mut values = [[0.0; LANES]; STEP];
+        for p in 0..panels {
+            let panel = &data[p * layout.panel_bytes()..];
+            for (step, out) in self.out.chunks_exact_mut(STEP * panels).enumerate() {
+                let (scales, codes) = layout.step(self.step + step);
+                decode_any(layout.scheme(), &panel[scales], &panel[codes], &mut values);
+                for (out, values) in out.chunks_exact_mut(panels).zip(&values) {
+                    out[p] = *values;
+                }
+            }
+        }
+    }
+}
+
+/// `sums[p][r] += x[r] . panel p` over decoded steps, all rows.
+struct Multiply<'a> {
+    x: &'a [f32],
+    stride: usize,
+    rows: usize,
+    /// `[k][panel]`.
+    decoded: &'a [[f32; LANES]],
+    panels: usize,
+    flush: bool,
+    /// `[panel][row]`.
+    sums: &'a mut [[f32; LANES]],
+}
+
+impl Kernel for Multiply<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        // Inline constants: what a tier does not take is not compiled for it.
+        if const { S::BLOCK.1 >= 3 } {
+            match self.panels {
+                3 => return self.panels::<S, 3>(s),
+                2 => return self.panels::<S, 2>(s),
+                _ => {}
+            }
+        }
+        self.panels::<S, 1>(s);
+    }
+}
+
+impl Multiply<'_> {
+    #[inline(always)]
+    fn panels<S: Simd, const P: usize>(&mut self, s: S) {
+        if self.flush { self.all_rows::<S, P, true>(s) } else { self.all_rows::<S, P, false>(s) }
+    }
+
+    #[inline(always)]
+    fn all_rows<S: Simd, const P: usize, const FLUSH: bool>(&mut self, s: S) {
+        let mut r = 0;
+        while const { S::BLOCK.0 == 8 && !FLUSH } && self.rows - r >= 8 {
+            self.registers::<S, 8, P, FLUSH>(s, r);
+            r += 8;
+        }
+        while const { S::BLOCK.0 == 6 && !FLUSH } && self.rows - r >= 6 {
+            self.registers::<S, 6, P, FLUSH>(s, r);
+            r += 6;
+        }
+        while const { S::BLOCK.0 >= 4 && !FLUSH } && self.rows - r >= 4 {
+            self.registers::<S, 4, P, FLUSH>(s, r);
+            r += 4;
+        }
+        while self.rows - r >= 2 {
+            self.registers::<S, 2, P, FLUSH>(s, r);
+            r += 2;
+        }
+        if r < self.rows {
+            self.registers::<S, 1, P, FLUSH>(s, r);
+        }
+    }
+
+    /// R rows by P panels: one chain of each output at a time stays in registers, first the even k of a step, then the odd.
+    #[inline(always)]
+    fn registers<S: Simd, const R: usize, const P: usize, const FLUSH: bool>(&mut self, s: S, row: usize) {
+        let decoded = self.decoded.as_chunks::<P>().0.as_chunks::<STEP>().0;
+        let mut x_rows: [&[[f32; STEP]]; R] = [&[]; R];
+        for (r, x_row) in x_rows.iter_mut().enumerate() {
+            *x_row = &self.x[(row + r) * self.stride..].as_chunks().0[..decoded.len()];
+        }
+        for (step, decoded) in decoded.iter().enumerate() {
+            let mut x: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
+            for r in 0..R {
+                x[r] = &x_rows[r][step];
+            }
+            let even = chains::<S, R, P, 0, FLUSH>(s, &x, decoded);
+            let odd = chains::<S, R, P, 1, FLUSH>(s, &x, decoded);
+            for p in 0..P {
+                let sums = &mut self.sums[p * self.rows + row..][..R];
+                for r in 0..R {
+                    let sum = flushed::<S, FLUSH>(s, s.add(even[r][p], odd[r][p]));
+                    s.store(flushed::<S, FLUSH>(s, s.add(s.load(&sums[r]), sum)), &mut sums[r]);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn chains<S: Simd, const R: usize, const P: usize, const ODD: usize, const FLUSH: bool>(
+    s: S,
+    x: &[&[f32; STEP]; R],
+    decoded: &[[[f32; LANES]; P]; STEP],
+) -> [[S::V; P]; R] {
+    let mut chains = [[s.splat(0.0); P]; R];
+    for i in 0..STEP / 2 {
+        let k = 2 * i + ODD;
+        let mut w = [s.splat(0.0); P];
+        for p in 0..P {
+            w[p] = s.load(&decoded[k][p]);
+        }
+        for r in 0..R {
+            let x = s.splat_from(&x[r][k]);
+            for p in 0..P {
+                chains[r][p] = flushed::<S, FLUSH>(s, s.fma(x, w[p], chains[r][p]));
+            }
+        }
+    }
+    chains
+}

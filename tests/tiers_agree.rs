@@ -1,0 +1,302 @@
+//! Bits do not depend on the machine: every tier this host has gives those of a word-by-word reading of docs/numerics.md.
+//! A tier that the host lacks is reported as skipped.
+
+#[path = "support/random.rs"]
+mod random;
+
+use half::{bf16, f16};
+use random::{RandomMatrix, Rng, SCHEMES};
+use trn_kernels::cpu::Blocking;
+use trn_kernels::matmul::{Activations, MatmulOptions, PackedMatrix};
+use trn_kernels::num::Fp8;
+use trn_kernels::quant::{QuantizedMatrix, Scheme};
+use trn_kernels::{Cpu, Isa, MatMut, MatRef, Workspace};
+
+/// Every tier of this host, and the baseline build of the portable one.
+fn tiers() -> Vec<(String, Cpu<'static>)> {
+    let mut tiers = vec![("baseline".into(), Cpu::baseline())];
+    for isa in Isa::ALL {
+        match Cpu::with_isa(isa) {
+            Ok(cpu) => tiers.push((isa.to_string(), cpu)),
+            Err(e) => eprintln!("skipped: {e}"),
+        }
+    }
+    tiers
+}
+
+/// Loops cut so small that a few rows and panels cross every edge.
+const TINY: Blocking =
+    Blocking { streams: 2, prefetch: 64, chunk_steps: 1, k_block: 64, rows: 9, sums: 16 * 16 * 4, tasks: 3, store: 64 };
+
+fn run(cpu: Cpu<'_>, x: Activations<'_>, w: &PackedMatrix) -> Vec<u32> {
+    let (m, n) = (x.m(), w.n());
+    let mut y = vec![0.5f32; m * n];
+    let options = MatmulOptions::default();
+    cpu.matmul(x, w, MatMut::new(&mut y, m, n).unwrap(), &options, &mut Workspace::new()).unwrap();
+    y.iter().map(|v| v.to_bits()).collect()
+}
+
+fn flush(x: f32) -> f32 {
+    if x.is_subnormal() { 0.0f32.copysign(x) } else { x }
+}
+
+/// docs/numerics.md sections 2 and 3 for one output, shares nothing with the kernels: x, w without f32 scales; `tile` and the f32
+/// scale of each tile if they change along k; the scales of w and of x else.
+fn canonical(x: &[f32], w: &[f32], tiles: Option<(usize, &dyn Fn(usize) -> f32)>, of_w: f32, of_x: f32) -> u32 {
+    let dot = |x: &[f32], w: &[f32]| {
+        let mut acc = 0.0f32;
+        for (x, w) in x.chunks(32).zip(w.chunks(32)) {
+            let mut chains = [0.0f32; 2];
+            for (i, (x, w)) in x.iter().zip(w).enumerate() {
+                chains[i % 2] = flush(flush(*x).mul_add(flush(*w), chains[i % 2]));
+            }
+            acc = flush(acc + flush(chains[0] + chains[1]));
+        }
+        acc
+    };
+    let sum = match tiles {
+        None => dot(x, w),
+        Some((tile, scale)) => {
+            let parts = x.chunks(tile).zip(w.chunks(tile)).enumerate();
+            parts.fold(0.0f32, |sum, (t, (x, w))| dot(x, w).mul_add(scale(t * tile), sum))
+        }
+    };
+    let y = sum * of_w * of_x;
+    (if y.is_nan() { f32::NAN } else { y }).to_bits()
+}
+
+/// Elements without f32 scales, as the kernels are to read them.
+fn unscaled(w: &QuantizedMatrix<'_>) -> Vec<f32> {
+    let at = |row, col| {
+        let (code, scale) = (w.code(row, col).unwrap(), w.block_scale(row, col).unwrap());
+        let element = match w.scheme().element() {
+            None => bf16::from_bits(code).to_f32(),
+            Some(format) => format.decode(code as u8),
+        };
+        element * scale
+    };
+    (0..w.n()).flat_map(|row| (0..w.k()).map(move |col| at(row, col))).collect()
+}
+
+fn expected(x: &[f32], x_scales: Option<&QuantizedMatrix<'_>>, m: usize, w: &QuantizedMatrix<'_>) -> Vec<u32> {
+    let k = w.k();
+    let values = unscaled(w);
+    let tile_of = |q: &QuantizedMatrix<'_>| match q.scheme() {
+        Scheme::Fp8Blockwise { k, .. } => Some(k),
+        _ => None,
+    };
+    let (x_tile, w_tile) = (x_scales.and_then(tile_of), tile_of(w));
+    let mut out = vec![];
+    for i in 0..m {
+        for j in 0..w.n() {
+            let of = |q: Option<&QuantizedMatrix<'_>>, row, col| q.and_then(|q| q.outer_scale(row, col)).unwrap_or(1.0);
+            let (xs, ws) = (&x[i * k..][..k], &values[j * k..][..k]);
+            // One scale where the other side has none is 1.
+            let scale =
+                |col| x_tile.map_or(1.0, |_| of(x_scales, i, col)) * w_tile.map_or(1.0, |_| of(Some(w), j, col));
+            let tile = x_tile.into_iter().chain(w_tile).min();
+            let of_w = w_tile.map_or_else(|| of(Some(w), j, 0), |_| 1.0);
+            let of_x = x_tile.map_or_else(|| of(x_scales, i, 0), |_| 1.0);
+            out.push(canonical(xs, ws, tile.map(|t| (t, &scale as &dyn Fn(usize) -> f32)), of_w, of_x));
+        }
+    }
+    out
+}
+
+/// One problem on every tier, with the machine's loops and with tiny ones.
+fn check(x: Activations<'_>, exact: &[f32], w: &QuantizedMatrix<'_>, what: &str) {
+    let of_x = if let Activations::Quantized(q) = x { Some(q) } else { None };
+    let want = expected(exact, of_x, x.m(), w);
+    for (name, cpu) in tiers() {
+        let packed = cpu.pack(w).unwrap();
+        for (cut, cpu) in [("default", cpu), ("tiny", cpu.with_blocking(TINY))] {
+            let got = run(cpu, x, &packed);
+            if let Some(at) = got.iter().zip(&want).position(|(a, b)| a != b) {
+                let (got, want) = (f32::from_bits(got[at]), f32::from_bits(want[at]));
+                panic!("{what} on {name}, {cut} loops: output {at} is {got:e}, needed {want:e}");
+            }
+        }
+    }
+}
+
+fn every_activation(rng: &mut Rng, f: &[f32], m: usize, w: &QuantizedMatrix<'_>, what: &str) {
+    let k = w.k();
+    let b: Vec<bf16> = f.iter().map(|v| bf16::from_f32(*v)).collect();
+    let h: Vec<f16> = f.iter().map(|v| f16::from_f32(*v)).collect();
+    check(MatRef::new(f, m, k).unwrap().into(), f, w, &format!("f32 x {what}"));
+    let exact: Vec<f32> = b.iter().map(|v| v.to_f32()).collect();
+    check(MatRef::new(&b, m, k).unwrap().into(), &exact, w, &format!("bf16 x {what}"));
+    let exact: Vec<f32> = h.iter().map(|v| v.to_f32()).collect();
+    check(MatRef::new(&h, m, k).unwrap().into(), &exact, w, &format!("f16 x {what}"));
+    let q = RandomMatrix::new(rng, w.scheme(), m, k, 3);
+    let q = q.view();
+    check((&q).into(), &unscaled(&q), w, &format!("{:?} x {what}", w.scheme()));
+}
+
+/// Rows around the decode kernel's 2 and 4 and the register blocks' 6 and 8; n around panels of 16 and blocks of 3; k around steps,
+/// groups of 4 steps and the blocks of k.
+#[test]
+fn every_scheme_activation_and_edge() {
+    let mut rng = Rng(1);
+    for (s, scheme) in SCHEMES.into_iter().enumerate() {
+        let shapes = [
+            (1, 1, 32),
+            (1, 130, 288),
+            (2, 33, 128),
+            (3, 16, 160),
+            (4, 65, 256),
+            (5, 15, 96),
+            (7, 47, 544),
+            (9, 49, 64),
+        ];
+        for (i, (m, n, k)) in shapes.into_iter().enumerate() {
+            let w = RandomMatrix::new(&mut rng, scheme, n, k, 1 + (s + i) % 4);
+            let f = rng.wide(m * k, -3..=3);
+            every_activation(&mut rng, &f, m, &w.view(), &format!("{scheme:?} {m}x{n}x{k}"));
+        }
+    }
+}
+
+#[test]
+fn nothing() {
+    for scheme in SCHEMES {
+        for (m, n, k) in [(0, 5, 32), (3, 0, 32), (2, 17, 0), (0, 0, 0)] {
+            let w = RandomMatrix::new(&mut Rng(2), scheme, n, k, 1);
+            let x = vec![1.0f32; m * k];
+            check(MatRef::new(&x, m, k).unwrap().into(), &x, &w.view(), &format!("{scheme:?} {m}x{n}x{k}"));
+        }
+    }
+}
+
+/// k that does not end at a step, where the scheme allows it.
+#[test]
+fn ragged_k() {
+    let mut rng = Rng(3);
+    let tiled = Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 24, k: 64 };
+    for scheme in [Scheme::Bf16, Scheme::Fp8PerTensor(Fp8::E5M2), Scheme::Fp8PerChannel(Fp8::E3M4), tiled] {
+        for (m, n, k) in [(1, 17, 1), (2, 31, 33), (6, 20, 200)] {
+            let w = RandomMatrix::new(&mut rng, scheme, n, k, 2);
+            let f = rng.wide(m * k, -3..=3);
+            every_activation(&mut rng, &f, m, &w.view(), &format!("{scheme:?} {m}x{n}x{k}"));
+        }
+    }
+}
+
+/// Exponents around both ends of f32's range: the flush decides, and scaling a step's sum is not scaling its elements.
+#[test]
+fn the_ends_of_the_range() {
+    let mut rng = Rng(4);
+    for scheme in
+        [Scheme::Mxfp4, Scheme::Mxfp8(Fp8::E4M3Fn), Scheme::Mxfp8(Fp8::E5M2), Scheme::Mxfp8(Fp8::E3M4), Scheme::Bf16]
+    {
+        for (x_exponents, scales) in [
+            (-60..=-40, 40..=110),
+            (-110..=-60, 100..=160),
+            (60..=110, 140..=200),
+            (-4..=4, 0..=254),
+            (100..=125, 0..=40),
+        ] {
+            for m in [1, 4, 10] {
+                let (n, k) = (35, 192);
+                let mut w = RandomMatrix::new(&mut rng, scheme, n, k, 3);
+                for scale in &mut w.scales {
+                    *scale = scales.start() + rng.below((scales.end() - scales.start() + 1) as usize) as u8;
+                }
+                let f: Vec<f32> = rng.wide(m * k, x_exponents.clone());
+                let b: Vec<bf16> = f.iter().map(|v| bf16::from_f32(*v)).collect();
+                let exact: Vec<f32> = b.iter().map(|v| v.to_f32()).collect();
+                let what = format!("{scheme:?}, x 2^{x_exponents:?}, scales {scales:?}, m {m}");
+                check(MatRef::new(&b, m, k).unwrap().into(), &exact, &w.view(), &what);
+            }
+        }
+    }
+}
+
+/// Every code, infinities and NaN among them, NaN scales, blocks of zeros under the smallest scale; x with zeros of both signs,
+/// subnormals, infinities, NaN and the largest numbers.
+#[test]
+fn every_code_and_what_is_no_number() {
+    let mut rng = Rng(5);
+    let specials =
+        [0.0, -0.0, 1e-40, -1e-40, f32::MIN_POSITIVE, 3e38, -3e38, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
+    for scheme in SCHEMES {
+        for m in [1, 3, 8] {
+            let (n, k) = (21, 256);
+            let mut w = RandomMatrix::new(&mut rng, scheme, n, k, 2);
+            for special in [false, true] {
+                w.codes.iter_mut().for_each(|code| *code = rng.below(256) as u8);
+                if let (Some(scale), true) = (w.scales.get_mut(9), special) {
+                    *scale = if scheme == Scheme::Nvfp4 { 0x7F } else { 255 };
+                }
+                if matches!(scheme, Scheme::Mxfp4 | Scheme::Mxfp8(_)) {
+                    w.scales[2] = 0;
+                    w.codes[2 * 32 * scheme.bits() / 8..3 * 32 * scheme.bits() / 8].fill(0);
+                }
+                let mut f = rng.wide(m * k, -2..=2);
+                if special {
+                    specials.iter().for_each(|v| f[rng.below(m * k)] = *v);
+                }
+                let x = MatRef::new(&f, m, k).unwrap();
+                check(x.into(), &f, &w.view(), &format!("{scheme:?}, m {m}, special {special}"));
+            }
+        }
+    }
+}
+
+/// The reference is not blind: nibbles swapped, a scale off by one, a row shifted by a step are other bits.
+#[test]
+fn the_check_can_fail() {
+    let mut rng = Rng(6);
+    let w = RandomMatrix::new(&mut rng, Scheme::Mxfp4, 16, 64, 1);
+    let x = rng.wide(64, -1..=1);
+    let want = expected(&x, None, 1, &w.view());
+    let mut swapped = RandomMatrix::new(&mut Rng(6), Scheme::Mxfp4, 16, 64, 1);
+    swapped.codes.iter_mut().for_each(|code| *code = code.rotate_left(4));
+    assert_ne!(want, expected(&x, None, 1, &swapped.view()));
+    let mut scaled = RandomMatrix::new(&mut Rng(6), Scheme::Mxfp4, 16, 64, 1);
+    scaled.scales[5] += 1;
+    assert_ne!(want, expected(&x, None, 1, &scaled.view()));
+}
+
+/// The words name what runs.
+#[test]
+fn explained() {
+    use trn_kernels::matmul::MatmulProblem;
+    for (_, cpu) in tiers() {
+        let text = |m| cpu.explain(&MatmulProblem { scheme: Scheme::Mxfp4, m, n: 4096, k: 2880 }).unwrap();
+        let one = text(1);
+        let decodes = cpu.isa() > Isa::Portable;
+        assert_eq!(one.contains("Decode kernel"), decodes, "{one}");
+        assert!(one.contains(&format!("on {}", cpu.isa())) && one.contains("packed layout v2"), "{one}");
+        assert!(text(512).contains("Prefill kernel"));
+        let tile = Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 1, k: 50 };
+        assert!(cpu.explain(&MatmulProblem { scheme: tile, m: 1, n: 1, k: 100 }).is_err());
+    }
+}
+
+/// `TRN_KERNELS_ISA` in a process of its own: this test runs itself again with the variable set.
+#[test]
+fn the_environment_caps_the_tier() {
+    const SELF: &str = "the_environment_caps_the_tier";
+    if std::env::var_os("TIERS_AGREE_CHILD").is_some() {
+        println!("{:?} / {}", Cpu::try_detect().map(|cpu| cpu.isa()), Cpu::detect().isa());
+        return;
+    }
+    let detected = |value: &str| {
+        let test = std::env::current_exe().unwrap();
+        let mut child = std::process::Command::new(test);
+        child.args(["--exact", SELF, "--nocapture"]).env("TIERS_AGREE_CHILD", "1").env("TRN_KERNELS_ISA", value);
+        String::from_utf8(child.output().unwrap().stdout).unwrap()
+    };
+    for isa in Isa::ALL {
+        let text = detected(isa.name());
+        match Cpu::with_isa(isa) {
+            Ok(_) => assert!(text.contains(&format!("Ok({isa:?}) / {isa}")), "{text}"),
+            Err(_) => {
+                assert!(text.contains("Err(Unsupported") && text.contains(&format!("/ {}", Isa::best())), "{text}");
+            }
+        }
+    }
+    let text = detected("mmx");
+    assert!(text.contains("Err(Value") && text.contains(&format!("/ {}", Isa::best())), "{text}");
+}
