@@ -52,17 +52,6 @@ import trace as export  # noqa: E402
 FORMAT = "trn-kernels.neffs.1"
 TARGETS = ("trn2", "trn3")
 CORES = 1  # physical cores of a logical one: the kernels are written for one
-DTYPES = {
-    "bfloat16": "bf16",
-    "float32": "f32",
-    "uint8": "u8",
-    "uint16": "u16",
-    "uint32": "u32",
-    "int32": "i32",
-    "float8_e4m3": "fp8_e4",
-    "float8_e4m3fn": "fp8_e4",
-    "float8_e5m2": "fp8_e5",
-}
 # NEFF header: package version that no real runtime takes, and the container's size.
 EMULATED = 0xFA4E
 HEADER = 1024
@@ -128,25 +117,20 @@ def describe(bucket: Bucket) -> tuple[dict, bytes]:
     except export.TraceError as error:
         raise BuildError(f"{bucket}: {error}") from error
     made = json.loads(text)
-    args = bucket.example().args
     outputs = {p["tensor"] for p in made["outputs"]}
 
     def port(p: dict, given: bool) -> dict:
         tensor = made["tensors"][p["tensor"]]
-        out = {"name": p["name"], "dtype": DTYPES[tensor["dtype"]], "shape": tensor["shape"]}
+        out = {"name": p["name"], "dtype": tensor["dtype"], "shape": tensor["shape"]}
         if given and p["tensor"] in outputs:
             out["alias"] = p["name"]
         return out
 
-    parameters = dict(made["parameters"])
-    for name, value in args.items():  # libnrt has one name for both kinds of e4m3
-        if isinstance(value, np.ndarray) and DTYPES.get(str(value.dtype), "").startswith("fp8"):
-            parameters[f"{name}_element"] = str(value.dtype).removeprefix("float8_")
     entry = {
         "kernel": bucket.kernel,
         "target": bucket.target,
         "lnc": CORES,
-        "parameters": parameters,
+        "parameters": dict(made["parameters"]),
         "inputs": [port(p, True) for p in made["inputs"]],
         "outputs": [port(p, False) for p in made["outputs"]],
     }
@@ -209,12 +193,12 @@ def emulated(bucket: Bucket, entry: dict, program: bytes) -> bytes:
 
     The same program gives the same bytes. An input that is changed in place is `NAME.must_alias_input`, its output NAME.
     """
-    sizes = {"f32": 4, "u32": 4, "i32": 4, "bf16": 2, "u16": 2, "u8": 1, "fp8_e4": 1, "fp8_e5": 1}
+    bits = {"bfloat16": 16, "float8_e4m3": 8, "float8_e4m3fn": 8, "float8_e5m2": 8, "float32": 32, "int32": 32, "uint32": 32, "uint16": 16, "uint8": 8}
     variables: dict[str, dict] = {}
     for kind, ports in (("input", entry["inputs"]), ("output", entry["outputs"])):
         for port in ports:
             name = f"{port['name']}.must_alias_input" if "alias" in port else port["name"]
-            size = sizes[port["dtype"]] * int(np.prod(port["shape"], dtype=np.int64))
+            size = bits[port["dtype"]] // 8 * int(np.prod(port["shape"], dtype=np.int64))
             variables[name] = {"type": kind, "var_id": len(variables), "size": size}
     payload = io.BytesIO()
     with tarfile.open(fileobj=payload, mode="w", format=tarfile.USTAR_FORMAT) as archive:

@@ -50,7 +50,7 @@ def without_official():
 @pytest.mark.parametrize("path", SETS, ids=lambda p: p.stem)
 def test_every_set_reads_and_its_arguments_can_be_made(path):
     buckets = build.read_set(path, "trn3")
-    assert {b.kernel for b in buckets} == {
+    assert {b.kernel for b in buckets} >= {
         "matmul_mx", "grouped_matmul_mx", "kv_append", "attention_prefill", "attention_decode",
     }  # fmt: skip
     for bucket in buckets:
@@ -138,7 +138,7 @@ def test_an_emulated_neff(small):
     in_place = [p["alias"] for p in found[1]["inputs"] if "alias" in p]
     assert in_place == ["k_cache", "v_cache"] == [p["name"] for p in found[1]["outputs"]]
     assert json.loads(members["sg00/def.json"][1])["var"]["k_cache.must_alias_input"]["size"] == 3 * 16 * 8
-    assert found[2]["inputs"][3]["dtype"] == "fp8_e4" and found[2]["parameters"]["k_cache_element"] == "e4m3fn"
+    assert found[2]["inputs"][3]["dtype"] == "float8_e4m3fn"  # NKI names: libnrt has one for both kinds of e4m3
 
 
 def test_the_same_set_gives_the_same_bytes(small, tmp_path):

@@ -4,9 +4,13 @@
 //! Control calls and behaviours are described in `tests/emulated-libnrt/README.md`.
 #![deny(unsafe_code)]
 
+pub mod child;
 mod emulated;
 #[path = "../../support/programs.rs"]
 pub mod programs;
 pub mod raw;
+pub mod registry;
+mod session;
 
 pub use emulated::{Emulated, Kind, flag, shared_object};
+pub use session::{BESIDE, Bound, Session, input_name, output_name};
