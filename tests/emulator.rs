@@ -54,13 +54,19 @@ fn no_program_is_older_than_its_kernel() {
     }
 }
 
-/// The set of programs that `generate` needs on a device: each loads, is current, and is what its manifest says.
+/// The sets of programs that `generate` and `tests/device` need on a device: each loads, is current, and is what its manifest says.
 #[test]
-fn programs_of_the_tiny_model_are_current() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tiny-gpt-oss-programs");
+fn programs_of_the_sets_are_current() {
+    for (set, folder) in [("tiny_gpt_oss", "tiny-gpt-oss-programs"), ("device_tests", "device-programs")] {
+        set_is_current(set, folder);
+    }
+}
+
+fn set_is_current(set: &str, folder: &str) {
+    let again = format!("run `python kernels/build.py kernels/sets/{set}.toml --programs --out tests/data/{folder}`");
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(folder);
     let hex = |bytes: &[u8]| -> String { Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect() };
     let manifest = std::fs::read_to_string(folder.join("manifest.toml")).unwrap();
-    let again = "run `python kernels/build.py kernels/sets/tiny_gpt_oss.toml --programs --out tests/data/tiny-gpt-oss-programs`";
     let mut found = 0;
     for entry in std::fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();

@@ -50,7 +50,7 @@ def without_official():
 @pytest.mark.parametrize("path", SETS, ids=lambda p: p.stem)
 def test_every_set_reads_and_its_arguments_can_be_made(path):
     buckets = build.read_set(path, "trn3")
-    assert {b.kernel for b in buckets} == {
+    assert {b.kernel for b in buckets} >= {
         "matmul_mx", "grouped_matmul_mx", "kv_append", "attention_prefill", "attention_decode",
     }  # fmt: skip
     for bucket in buckets:

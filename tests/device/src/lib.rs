@@ -4,10 +4,14 @@
 //! Control calls and behaviours are described in `tests/emulated-libnrt/README.md`.
 #![deny(unsafe_code)]
 
+pub mod child;
 mod emulated;
 pub mod kernels;
 #[path = "../../support/programs.rs"]
 pub mod programs;
 pub mod raw;
+pub mod registry;
+mod session;
 
 pub use emulated::{Emulated, Kind, flag, shared_object};
+pub use session::{BESIDE, Bound, Session, input_name, output_name};
