@@ -6,7 +6,6 @@
 
 pub mod child;
 mod emulated;
-pub mod kernels;
 #[path = "../../support/programs.rs"]
 pub mod programs;
 pub mod raw;

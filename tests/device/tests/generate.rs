@@ -5,7 +5,7 @@
 #[path = "../../../examples/gpt_oss/mod.rs"]
 mod gpt_oss;
 
-use device_tests::{Emulated, kernels};
+use device_tests::{Emulated, registry};
 use gpt_oss::{Model, Session};
 use half::bf16;
 use safetensors::SafeTensors;
@@ -22,7 +22,7 @@ struct Reference {
 }
 
 fn reference() -> Reference {
-    let bytes = std::fs::read(kernels::root().join("tests/data/tiny-gpt-oss/reference.safetensors")).unwrap();
+    let bytes = std::fs::read(registry::data("tiny-gpt-oss/reference.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let ids = |name: &str| {
         let data = tensors.tensor(name).unwrap().data().to_vec();
@@ -54,12 +54,12 @@ fn run<'w>(backend: &mut dyn Backend<'w>, source: &GptOss<'w>, reference: &Refer
 #[test]
 fn a_checkpoint_gives_its_reference_tokens() {
     let reference = reference();
-    let checkpoint = Checkpoint::read(kernels::root().join("tests/data/tiny-gpt-oss")).unwrap();
+    let checkpoint = Checkpoint::read(registry::data("tiny-gpt-oss")).unwrap();
     let source = GptOss::new(&checkpoint).unwrap();
     let emulated = Emulated::new();
     let library = Library::open(&LoadOptions::path(emulated.path())).unwrap();
     let runtime = Runtime::init(&library, &RuntimeOptions::default()).unwrap();
-    let folder = kernels::tiny_gpt_oss();
+    let folder = registry::neffs("tiny-gpt-oss-programs");
     // Whole, and in chunks of which the later ones have prior keys and begin inside a page.
     for chunk in [reference.prompt.len(), 23] {
         let set = KernelSet::open(folder.path()).unwrap().on(&runtime, 0);

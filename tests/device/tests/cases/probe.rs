@@ -291,7 +291,7 @@ fn case_47_one_file_is_one_library() {
 fn smoke(runtime: Runtime) {
     assert!(runtime.cores() > 0);
     let tensor = runtime.allocate(0, 4096, "smoke").unwrap();
-    let bytes: Vec<u8> = (0..4096u32).map(|i| (i * 31 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..4096u32).map(|i| ((i * 31) >> 3) as u8).collect();
     tensor.write(0, &bytes).unwrap();
     let mut back = vec![0; 4096];
     tensor.read(0, &mut back).unwrap();
