@@ -213,6 +213,21 @@ fn values_without_a_defined_result_stop_the_run() {
     assert_eq!(run(250.0).unwrap_err().rule, Rule::Value);
 }
 
+/// The largest product of two uint32 does not fit the i64 that the emulator works in.
+#[test]
+fn a_product_of_integers_beyond_the_type_stops_the_run() {
+    let mut d = Device::new("trn3");
+    let (a, b) = (d.input("uint32", &[1, 1]), d.input("uint32", &[1, 1]));
+    let product = d.tensor("sbuf", "uint32", &[1, 1]);
+    d.on("tensor_tensor", "gpsimd", &[("dst", product)], &[("data1", a), ("data2", b)], json!({"op": "multiply"}));
+    d.output(product);
+    let run = |a: u32, b: u32| d.run(&[&a.to_le_bytes(), &b.to_le_bytes()], &Options::default());
+    assert_eq!(run(65535, 65537).unwrap(), [u32::MAX.to_le_bytes()]);
+    for (a, b) in [(65536, 65536), (u32::MAX, u32::MAX), (1 << 31, u32::MAX)] {
+        assert_eq!(run(a, b).unwrap_err().rule, Rule::Value, "{a} x {b}");
+    }
+}
+
 #[test]
 fn reductions_start_before_they_go_on() {
     let program = |command: &str| {

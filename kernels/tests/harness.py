@@ -84,10 +84,19 @@ def within(got, want, bound) -> bool:
     return got.shape == want.shape and bool(np.all(np.abs(got - want) <= bound))
 
 
+# What Python raises about a mutant that is no kernel any more: its death would prove nothing.
+_NO_KERNEL = (SyntaxError, NameError, TypeError, AttributeError, LookupError)
+
+
 def killed(name: str, mutation: tuple[str, ...], check) -> str | None:
-    """How a mutant dies: `numerics` if `check(module)` is false, the error's type if a check raises; None if it survives."""
+    """How a mutant dies: `numerics` if `check(module)` is false, the error's type if a check raises; None if it survives.
+
+    A mutant that Python itself cannot run is not killed: its error is raised.
+    """
     module = load(name, mutation)
     try:
         return None if check(module) else "numerics"
+    except _NO_KERNEL:
+        raise
     except Exception as error:  # any refusal counts: the simulator's checks are the point
         return type(error).__name__

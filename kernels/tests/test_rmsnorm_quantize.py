@@ -226,7 +226,7 @@ MUTANTS = {
     "MX factor of another tile": ("operand0=factors[tile][:m]", "operand0=factors[0][:m]"),
     "MX padding columns not cleared": ("elif k < 512 * tiles:", "elif k < 0:"),
     "MX padding row not cleared": ("if even > m:", "if even < m:"),
-    "MX scale tile of another row": ("scale[:, :, at], banks", "scale[:, :, 0:even], banks"),
+    "MX scale tile of another row": ("scale[:, :, at])], banks", "scale[:, :, 0:even])], banks"),
     "MX quadrant rows": ("src=scale[32 * quadrant : 32 * quadrant + QUADRANT_ROWS]", "src=scale[16 * quadrant : 16 * quadrant + QUADRANT_ROWS]"),
     "MX missing scale rows": ("if tiles % 4 > 0:", "if tiles % 4 > 4:"),
     "MX group stored over another": ("dst=data_out.view(kind)[:, :, group : group + here]", "dst=data_out.view(kind)[:, :, 0:here]"),

@@ -94,7 +94,7 @@ def _resolve_indirect(t: NkiTensor, role: str) -> Access:
 
 
 def _require_written(access: Access, role: str) -> None:
-    written = access.written()
+    written = access.written() if access.skipped is None else access.written() | access.skipped
     if not everywhere(written) and not written.all():
         at = tuple(int(i) for i in np.argwhere(~written)[0])
         raise UninitializedError(
@@ -103,9 +103,9 @@ def _require_written(access: Access, role: str) -> None:
         )
 
 
-def raw(t: NkiTensor, role: str) -> np.ndarray:
-    """Storage values, all of them written."""
-    access = resolve(t, role)
+def raw(t: NkiTensor, role: str, skip: bool = False) -> np.ndarray:
+    """Storage values, all of them written. With `skip`, those of rows that are left out mean nothing."""
+    access = resolve(t, role, skip)
     fill = config.current().uninitialized == "fill"
     if not fill:
         _require_written(access, role)
@@ -115,9 +115,9 @@ def raw(t: NkiTensor, role: str) -> np.ndarray:
     return values if everywhere(written) else np.where(written, values, cast.fresh(t.dtype))
 
 
-def f32(t: NkiTensor, role: str) -> np.ndarray:
-    """Values as float32 in shape (partitions, elements), all of them written."""
-    return cast.to_f32(raw(t, role), t.dtype).reshape(t.shape[0], -1)
+def f32(t: NkiTensor, role: str, skip: bool = False) -> np.ndarray:
+    """Values as float32 in shape (partitions, elements); `skip` as in `raw`."""
+    return cast.to_f32(raw(t, role, skip), t.dtype).reshape(t.shape[0], -1)
 
 
 def ints(t: NkiTensor, role: str) -> np.ndarray:

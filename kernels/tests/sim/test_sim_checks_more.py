@@ -380,6 +380,17 @@ def test_skipped_accesses(sim):
     assert np.array_equal(x, before)
 
 
+@pytest.mark.parametrize("oob_mode", [nisa.oob_mode.error, nisa.oob_mode.skip])
+def test_compute_with_rows_that_nothing_has_written_is_refused(sim, oob_mode):
+    def body():
+        table = nl.ndarray((3, 8), F32, buffer=nl.hbm)
+        view_ = table.ap([[8, 2], [1, 8]], vector_offset=sb((2, 1), nl.int32, 1))
+        nisa.dma_compute(view_, [view_, sb((2, 8))], nl.add, oob_mode=oob_mode)
+
+    with pytest.raises(errors.UninitializedError, match=r"srcs\[0\] reads element"):
+        sim(body)
+
+
 def test_compute_onto_one_row_twice_is_refused(sim):
     def body(x):
         v = x.ap([[8, 2], [1, 8]], vector_offset=sb((2, 1), nl.int32, 1))

@@ -161,7 +161,8 @@ impl Alu {
         Ok(match self {
             Add => x + y,
             Subtract => x - y,
-            Multiply => x * y,
+            // The largest of uint32 leaves i64 too; a bound of i64 is refused like any result beyond the type.
+            Multiply => x.saturating_mul(y),
             Maximum => x.max(y),
             Minimum => x.min(y),
             AbsMax => {

@@ -12,6 +12,8 @@ use crate::error::{Result, length, mul};
 
 /// Side of the square of words that is transposed at once.
 const SIDE: usize = 32;
+/// Bytes of a vector: what x86-64 and AArch64 have without extensions.
+const VECTOR: usize = 16;
 /// Bytes that are read, and that are written, at once.
 const RUN: usize = 512;
 /// Runs of a row of columns that one thread does after each other: a page of 4 KiB.
@@ -76,26 +78,26 @@ impl<R: Fn(usize) -> usize + Sync> Turn<'_, R> {
         for_each_zip(parallelism, (&mut jobs, 1), (&mut sums, 1), |_, jobs, sums| {
             for (job, sum) in jobs.iter_mut().zip(sums) {
                 *sum = match self.word {
-                    1 => self.pack_job::<4>(job, &load),
-                    2 => self.pack_job::<8>(job, &load),
-                    _ => self.pack_job::<16>(job, &load),
+                    1 => self.pack_job::<2, 16>(job, &load),
+                    2 => self.pack_job::<4, 8>(job, &load),
+                    _ => self.pack_job::<8, 4>(job, &load),
                 };
             }
         });
         Ok(sums.iter().sum())
     }
 
-    /// `L`: 64-bit lanes of 32 words.
-    fn pack_job<const L: usize>(
+    /// `V` vectors of 16 bytes hold 32 words, `N` words each.
+    fn pack_job<const V: usize, const N: usize>(
         &self,
         job: &mut Job<'_>,
         load: &impl Fn(Option<usize>, usize, &mut [u8]) -> usize,
     ) -> usize {
-        let word = L / 4;
+        let word = V / 2;
         let (block, words) = (RUN / word, job.rows.len());
         let columns = job.rows.first().map_or(0, |row| row.len() / word);
         let (mut source, mut turned) = (vec![0u8; block * RUN], vec![0u8; SIDE * RUN]);
-        let mut square = [[[0u8; 8]; L]; SIDE];
+        let mut square = [[[0u8; VECTOR]; V]; SIDE];
         let mut sum = 0;
         for at in (0..columns).step_by(block) {
             let width = block.min(columns - at);
@@ -104,9 +106,12 @@ impl<R: Fn(usize) -> usize + Sync> Turn<'_, R> {
             }
             for (w, rows) in (0..).step_by(SIDE).zip(job.rows.chunks_mut(SIDE)) {
                 for c in (0..width).step_by(SIDE) {
-                    transpose(std::array::from_fn(|i| lanes(&source[(c + i) * RUN + w * word..])), &mut square);
+                    transpose::<V, N>(
+                        std::array::from_fn(|i| vectors(&source[(c + i) * RUN + w * word..])),
+                        &mut square,
+                    );
                     for (row, square) in turned.chunks_exact_mut(RUN).zip(&square) {
-                        row[c * word..][..8 * L].copy_from_slice(square.as_flattened());
+                        row[c * word..][..SIDE * word].copy_from_slice(square.as_flattened());
                     }
                 }
                 for (row, turned) in rows.iter_mut().zip(turned.chunks_exact(RUN)) {
@@ -127,19 +132,19 @@ impl<R: Fn(usize) -> usize + Sync> Turn<'_, R> {
         let span = self.span(1, parallelism);
         let mut nothing = vec![(); self.columns.channels().div_ceil(span)];
         for_each_zip(parallelism, (out, span * row), (&mut nothing, 1), |job, out, _| match self.word {
-            1 => self.unpack_job::<4>(data, job * span, out, row),
-            2 => self.unpack_job::<8>(data, job * span, out, row),
-            _ => self.unpack_job::<16>(data, job * span, out, row),
+            1 => self.unpack_job::<2, 16>(data, job * span, out, row),
+            2 => self.unpack_job::<4, 8>(data, job * span, out, row),
+            _ => self.unpack_job::<8, 4>(data, job * span, out, row),
         });
         Ok(())
     }
 
     /// The channels from `first` on, as many as `out` has rows.
-    fn unpack_job<const L: usize>(&self, data: &[u8], first: usize, out: &mut [u8], row: usize) {
-        let word = L / 4;
+    fn unpack_job<const V: usize, const N: usize>(&self, data: &[u8], first: usize, out: &mut [u8], row: usize) {
+        let word = V / 2;
         let (block, row_bytes) = (RUN / word, self.columns.count() * word);
         let (mut source, mut turned) = (vec![0u8; block * RUN], vec![0u8; SIDE * RUN]);
-        let mut square = [[[0u8; 8]; L]; SIDE];
+        let mut square = [[[0u8; VECTOR]; V]; SIDE];
         let order = by_column(self.columns, first, out.len() / row);
         let blocks: Vec<_> = order.chunks(block).map(|order| (order, runs(order))).collect();
         for first in (0..self.words).step_by(block) {
@@ -155,9 +160,12 @@ impl<R: Fn(usize) -> usize + Sync> Turn<'_, R> {
                 }
                 for (c, order) in (0..).step_by(SIDE).zip(order.chunks(SIDE)) {
                     for w in (0..words).step_by(SIDE) {
-                        transpose(std::array::from_fn(|i| lanes(&source[(w + i) * RUN + c * word..])), &mut square);
+                        transpose::<V, N>(
+                            std::array::from_fn(|i| vectors(&source[(w + i) * RUN + c * word..])),
+                            &mut square,
+                        );
                         for (row, square) in turned.chunks_exact_mut(RUN).zip(&square) {
-                            row[w * word..][..8 * L].copy_from_slice(square.as_flattened());
+                            row[w * word..][..SIDE * word].copy_from_slice(square.as_flattened());
                         }
                     }
                     for (&(_, channel), turned) in order.iter().zip(turned.chunks_exact(RUN)) {
@@ -188,58 +196,62 @@ fn runs(order: &[(usize, usize)]) -> Vec<(usize, usize, usize)> {
     runs
 }
 
-/// The first `8 * L` bytes as lanes; zeros where there are fewer, which no caller has.
-fn lanes<const L: usize>(bytes: &[u8]) -> &[[u8; 8]; L] {
-    bytes.as_chunks::<8>().0.first_chunk().unwrap_or(&[[0; 8]; L])
+/// The first bytes as vectors; zeros where there are fewer, which no caller has.
+fn vectors<const V: usize>(bytes: &[u8]) -> &[[u8; VECTOR]; V] {
+    bytes.as_chunks::<VECTOR>().0.first_chunk().unwrap_or(&[[0; VECTOR]; V])
 }
 
-/// Transposes 32 x 32 words of `L / 4` bytes: word j of row i becomes word i of row j. `L` is 4, 8 or 16.
+/// Transposes 32 x 32 words: word j of row i becomes word i of row j. A row is `V` vectors of `N` words.
 ///
-/// In a 64-bit lane lie `R = 32 / L` words. R rows, lane by lane, are R x R squares: each is transposed by exchanging halves, then
-/// quarters, then eighths (Warren, Hacker's Delight, section 7-3). The loops over lanes are what the compiler makes vectors of.
-fn transpose<const L: usize>(source: [&[[u8; 8]; L]; SIDE], out: &mut [[[u8; 8]; L]; SIDE]) {
-    let square = SIDE / L;
-    let bits = 64 / square;
-    for (block, rows) in source.chunks_exact(square).enumerate() {
-        let mut a = [[0u64; L]; 8];
-        for (a, row) in a.iter_mut().zip(rows) {
-            *a = row.map(u64::from_le_bytes);
-        }
-        let mut half = square / 2;
-        while half > 0 {
-            let shift = half * bits;
-            // Ones in the lower `shift` bits of every `2 * shift`.
-            let mask = u64::MAX / ((1 << shift) + 1);
-            for i in (0..square).filter(|i| i & half == 0) {
-                let (upper, lower) = a.split_at_mut(i + half);
-                for (x, y) in upper[i].iter_mut().zip(&mut lower[0]) {
-                    let moved = ((*x >> shift) ^ *y) & mask;
-                    *y ^= moved;
-                    *x ^= moved << shift;
-                }
+/// N rows, vector by vector, are squares of N x N words. Interleaving the first half of a square's rows with the second moves each
+/// bit of a word's row and column number on by one place; after log2(N) times they have changed sides.
+fn transpose<const V: usize, const N: usize>(source: [&[[u8; VECTOR]; V]; SIDE], out: &mut [[[u8; VECTOR]; V]; SIDE]) {
+    for (block, rows) in source.chunks_exact(N).enumerate() {
+        for (across, out) in out.chunks_exact_mut(N).enumerate() {
+            // Not a loop: the compiler keeps vectors in registers only through straight code.
+            let mut square = interleaved(interleaved(std::array::from_fn::<_, N, _>(|i| rows[i][across])));
+            if N > 4 {
+                square = interleaved(square);
             }
-            half /= 2;
-        }
-        for (j, out) in out.chunks_exact_mut(square).enumerate() {
-            for (out, a) in out.iter_mut().zip(&a) {
-                out[block] = a[j].to_le_bytes();
+            if N > 8 {
+                square = interleaved(square);
+            }
+            for (out, vector) in out.iter_mut().zip(square) {
+                out[block] = vector;
             }
         }
     }
+}
+
+/// Row i and row i + N / 2 word by word, as rows 2 i and 2 i + 1. With constant N a pair is two instructions of any SIMD unit.
+#[inline(always)]
+fn interleaved<const N: usize>(rows: [[u8; VECTOR]; N]) -> [[u8; VECTOR]; N] {
+    let word = VECTOR / N;
+    let mut out = [[0; VECTOR]; N];
+    for i in 0..N / 2 {
+        for w in 0..N {
+            for byte in 0..word {
+                let (row, at) = (2 * i + w / (N / 2), w % (N / 2) * 2 * word + byte);
+                out[row][at] = rows[i][w * word + byte];
+                out[row][at + word] = rows[i + N / 2][w * word + byte];
+            }
+        }
+    }
+    out
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn check<const L: usize>() {
-        let word = L / 4;
-        let mut source = [[[0u8; 8]; L]; SIDE];
+    fn check<const V: usize, const N: usize>() {
+        let word = V / 2;
+        let mut source = [[[0u8; VECTOR]; V]; SIDE];
         for (i, byte) in source.as_flattened_mut().as_flattened_mut().iter_mut().enumerate() {
             *byte = (i.wrapping_mul(0x9E37_79B1) >> 11) as u8;
         }
-        let mut out = [[[0u8; 8]; L]; SIDE];
-        transpose(source.each_ref(), &mut out);
+        let mut out = [[[0u8; VECTOR]; V]; SIDE];
+        transpose::<V, N>(source.each_ref(), &mut out);
         for (i, from) in source.iter().enumerate() {
             for (j, to) in out.iter().enumerate() {
                 let from = &from.as_flattened()[j * word..][..word];
@@ -250,8 +262,8 @@ mod tests {
 
     #[test]
     fn every_word_of_a_square_lands_across_the_diagonal() {
-        check::<4>();
-        check::<8>();
-        check::<16>();
+        check::<2, 16>();
+        check::<4, 8>();
+        check::<8, 4>();
     }
 }

@@ -226,12 +226,10 @@ def dma_compute(dst, srcs, reduce_op, scales=None, unique_indices=True, oob_mode
         total = np.zeros(dst.shape, np.float32)
         where = np.ones(dst.shape, bool)
         for i, t in enumerate(sources):
-            access = operand.resolve(t, f"srcs[{i}]", skip)
-            if not skip or access.skipped is None:
-                total = total + operand.f32(t, f"srcs[{i}]").reshape(dst.shape)
-            else:
-                where &= ~access.skipped.reshape(dst.shape)
-                total = total + cast.to_f32(access.read(), t.dtype).reshape(dst.shape)
+            total = total + operand.f32(t, f"srcs[{i}]", skip).reshape(dst.shape)
+            skipped = operand.resolve(t, f"srcs[{i}]", skip).skipped
+            if skipped is not None:
+                where &= ~skipped.reshape(dst.shape)
         target = operand.resolve(dst, "dst", skip)
         if target.index is not None:
             rows = target.index.reshape(target.index.shape[0], -1)[:, 0]
