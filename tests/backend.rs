@@ -64,7 +64,8 @@ const fn spec(num_qo_heads: usize, num_kv_heads: usize, head_dim: usize, window_
 
 /// Everything, on a backend that serves everything.
 fn conforms<'w>(backend: &mut dyn Backend<'w>, data: &'w Data) {
-    let rules = Rules { activations: 0.0, attention: &conformance::cpu_attention, seed: 7 };
+    let rules =
+        Rules { activations: 0.0, weights: 0.0, inner: Inner::Bf16, attention: &conformance::cpu_attention, seed: 7 };
     let served = &mut Served::default();
     for (scheme, matrix, m, n, k) in &data.matrices {
         conformance::matmul(backend, matrix, (*scheme, *m, *n, *k), &rules, served);

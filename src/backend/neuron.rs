@@ -21,7 +21,7 @@ use crate::neuron::kernels::{
 use crate::num::{Fp8, Real, rounded};
 use crate::quant::{QuantizeOptions, QuantizedMatrix, QuantizedMatrixBuf, ScaleRule, Scheme, quantize};
 use crate::trainium::{Dtype, Target};
-use crate::view::{HeadsMut, MatMut, MatRef};
+use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
 use half::bf16;
 use std::sync::Arc;
 
@@ -60,6 +60,10 @@ pub struct NeuronOptions<'p> {
 /// Weights are packed and written once, KV pages live on the device; a call moves activations (and page numbers) only, which
 /// [`NeuronBackend::traffic`] counts. bf16 weights, for which there is no kernel, are carried as two MXFP8 terms side by side along
 /// k: `[high | low]` with activations `[x | x]`, exact but for weights below 2^-13 of the largest in their 32.
+///
+/// Values that the device's documents leave open are refused with [`Error::Value`]: activations of MX matmuls, keys, values and
+/// queries that are no finite numbers, and keys or queries above 2^20. Scaled attention scores of 2^13 and more are beyond the
+/// kernels (kernels/attention_decode.md) and not checked.
 #[derive(Debug)]
 pub struct NeuronBackend<'p> {
     device: Arc<DeviceKernels>,
@@ -401,7 +405,10 @@ impl<'w> Backend<'w> for NeuronBackend<'_> {
         append(staging, 0, &page, &[0, tokens], k, v)?;
         let (sealed, kernel) = (staging.layer(0)?, &cache.layers[layer]);
         let bytes = tokens * kernel.row_bytes();
-        kernel.run(&sealed.k().codes[..bytes], &sealed.v().codes[..bytes], &slots)
+        let (k, v) = (&sealed.k().codes[..bytes], &sealed.v().codes[..bytes]);
+        check_numbers("k", shape.format, k, LARGEST)?;
+        check_numbers("v", shape.format, v, f32::MAX)?;
+        kernel.run(k, v, &slots)
     }
 
     fn prefill(
@@ -418,6 +425,7 @@ impl<'w> Backend<'w> for NeuronBackend<'_> {
         let cache = self.caches.get_mut(cache)?;
         cache.config.shape.check_table(table, &[])?;
         let HeadsIn::Bf16(q) = q else { return attention_element((&q).into()) };
+        check_queries(&q)?;
         let key = (layer, attention);
         if !cache.prefill.iter().any(|(k, _)| *k == key) {
             let (shape, caches) = (&cache.compiled, cache.layer(layer)?);
@@ -443,6 +451,7 @@ impl<'w> Backend<'w> for NeuronBackend<'_> {
         let cache = self.caches.get_mut(cache)?;
         cache.config.shape.check_table(table, &[])?;
         let HeadsIn::Bf16(q) = q else { return attention_element((&q).into()) };
+        check_queries(&q)?;
         let key = (layer, attention);
         if !cache.decode.iter().any(|(k, _)| *k == key) {
             let (shape, caches) = (&cache.compiled, cache.layer(layer)?);
@@ -484,6 +493,45 @@ fn bf16_output(out: HeadsOut<'_>, run: impl FnOnce(HeadsMut<'_, bf16>) -> Result
         HeadsOut::F32(out) => widened(out, run),
         HeadsOut::F16(out) => widened(out, run),
     }
+}
+
+/// Largest magnitude of keys and queries. `attention_decode` hides a key by adding -2^60 to its score and keeps maxima above -2^50,
+/// so what is hidden stays so while |q k| is below 2^49: at head_dim 128 that is 2^21 for each. Larger ones in one sequence's page
+/// would otherwise show in the results of another that takes the page next.
+const LARGEST: f32 = 1048576.0; // 2^20
+
+/// Asks that the codes of keys or values be numbers of at most `most`. What a query does not see is multiplied by zero, so that a
+/// NaN in a page would be every sequence's that has the page later.
+fn check_numbers(operand: &'static str, format: KvFormat, codes: &[u8], most: f32) -> Result<()> {
+    let refused = |v: f32| v.is_nan() || v.abs() > most;
+    let found = match format {
+        KvFormat::Fp8(element) => {
+            let mut values = codes.iter().map(|code| element.values()[usize::from(*code)]);
+            values.position(refused).map(|at| (at, element.values()[usize::from(codes[at])]))
+        }
+        _ => {
+            let values = || codes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32());
+            values().enumerate().find(|(_, v)| refused(*v))
+        }
+    };
+    found.map_or(Ok(()), |(at, value)| Err(too_large(operand, at, value)))
+}
+
+/// Asks the same of queries.
+fn check_queries(q: &HeadsRef<'_, bf16>) -> Result<()> {
+    for at in 0..q.tokens() * q.heads() {
+        let head = q.head(at / q.heads(), at % q.heads()).unwrap_or_default();
+        let found = head.iter().position(|v| v.is_nan() || v.to_f32().abs() > LARGEST);
+        if let Some(d) = found {
+            return Err(too_large("q", at * q.head_dim() + d, head[d].to_f32()));
+        }
+    }
+    Ok(())
+}
+
+fn too_large(operand: &'static str, at: usize, value: f32) -> Error {
+    let needed = "a finite number that the device's attention can hide (keys and queries: at most 2^20)";
+    Error::Value { operand: operand.into(), at, got: value.to_string(), needed }
 }
 
 /// Slots of the tokens of an append, in the order of their rows.

@@ -18,10 +18,29 @@ use trn_kernels::{Error, HeadsMut, HeadsRef, MatMut, MatRef};
 pub struct Rules<'a> {
     /// Largest |x taken - x| of an activation, as a share of the largest magnitude in its 32 along k; 0 where taken exactly.
     pub activations: f64,
+    /// The same of a bf16 weight.
+    pub weights: f64,
+    /// What enters the down projection of experts.
+    pub inner: Inner,
     /// Largest error of an attention output that is stored as bf16.
-    pub attention: &'a dyn Fn(&Reference, usize) -> f64,
+    pub attention: &'a dyn Fn(&Attended<'_>) -> f64,
     /// Numbers the random data.
     pub seed: u64,
+}
+
+/// One element of an attention's output, and what bounds of it are made of.
+pub struct Attended<'a> {
+    /// The exact result.
+    pub exact: &'a Reference,
+    /// Which element of it.
+    pub i: usize,
+    /// Sum of weight x |v| over the tokens that the query sees.
+    pub spread: f64,
+    /// At least the largest sum of magnitudes |q| |k| sm_scale of those tokens.
+    pub reach: f64,
+    /// The head's sink; 0 without.
+    pub sink: f64,
+    pub head_dim: usize,
 }
 
 /// Calls tried and served, so that a test can ask that enough were.
@@ -63,9 +82,10 @@ fn round_bf16(x: &[f32]) -> Vec<bf16> {
     x.iter().map(|v| bf16::from_f32(*v)).collect()
 }
 
-/// Sum of |x w| and of what inexact activations add, for each output.
-fn magnitudes(x: &[bf16], w: &QuantizedMatrix<'_>, m: usize, share: f64) -> Vec<(f64, f64)> {
-    let k = w.k();
+/// Sum of |x w| and of what inexact activations and bf16 weights add, for each output.
+fn magnitudes(x: &[bf16], w: &QuantizedMatrix<'_>, m: usize, rules: &Rules<'_>) -> Vec<(f64, f64)> {
+    let (k, share) = (w.k(), rules.activations);
+    let of_weights = if w.scheme() == Scheme::Bf16 { rules.weights } else { 0.0 };
     let mut all = vec![];
     for i in 0..m {
         let row = &x[i * k..(i + 1) * k];
@@ -73,10 +93,12 @@ fn magnitudes(x: &[bf16], w: &QuantizedMatrix<'_>, m: usize, share: f64) -> Vec<
             let (mut sum, mut slack) = (0.0, 0.0);
             for (b, block) in row.chunks(32).enumerate() {
                 let top = block.iter().map(|v| v.to_f64().abs()).fold(0.0, f64::max);
-                for (c, v) in block.iter().enumerate() {
-                    let weight = w.value(j, 32 * b + c).unwrap().abs();
-                    sum += v.to_f64().abs() * weight;
-                    slack += share * top * weight;
+                let weights: Vec<f64> = (0..block.len()).map(|c| w.value(j, 32 * b + c).unwrap().abs()).collect();
+                let lost = of_weights * weights.iter().fold(0.0, |top: f64, w| top.max(*w));
+                for (v, weight) in block.iter().zip(weights) {
+                    let v = v.to_f64().abs();
+                    sum += v * weight;
+                    slack += share * top * (weight + lost) + v * lost;
                 }
             }
             all.push((sum, slack));
@@ -107,7 +129,7 @@ pub fn matmul<'w>(
             }
         };
         let x = round_bf16(&rng.wide(m * k, -3..=3));
-        let magnitudes = magnitudes(&x, &w, m, rules.activations);
+        let magnitudes = magnitudes(&x, &w, m, rules);
         for accumulate in [false, true] {
             let before = rng.wide(m * n, -2..=2);
             let mut y = before.clone();
@@ -155,10 +177,10 @@ pub fn matmul<'w>(
 
 /// The experts of a layer, borrowed by the backend under test.
 pub struct ExpertData {
-    gate_up: Vec<RandomMatrix>,
-    down: Vec<RandomMatrix>,
-    gate_up_bias: Vec<f32>,
-    down_bias: Vec<f32>,
+    pub gate_up: Vec<RandomMatrix>,
+    pub down: Vec<RandomMatrix>,
+    pub gate_up_bias: Vec<f32>,
+    pub down_bias: Vec<f32>,
     hidden: usize,
     intermediate: usize,
 }
@@ -175,7 +197,7 @@ impl ExpertData {
     }
 }
 
-/// Two grouped matmuls with the clamped swiglu between, product rounded to bf16.
+/// Two grouped matmuls with the clamped swiglu between, product rounded to bf16 (and to what `rules.inner` says).
 pub fn moe<'w>(
     backend: &mut dyn Backend<'w>,
     data: &'w ExpertData,
@@ -195,7 +217,7 @@ pub fn moe<'w>(
         down_bias: &data.down_bias,
         swiglu: spec,
         gates: GateLayout::Interleaved,
-        inner: Inner::Bf16,
+        inner: rules.inner,
     };
     let scheme = gate_up.scheme();
     let what = format!("{} moe {scheme:?} tokens {tokens} of {top_k}, h {h} i {width}", backend.name());
@@ -205,7 +227,7 @@ pub fn moe<'w>(
         hidden: h,
         intermediate: width,
         swiglu: spec,
-        inner: Inner::Bf16,
+        inner: rules.inner,
         tokens,
         top_k,
         activations: Element::Bf16,
@@ -238,7 +260,7 @@ pub fn moe<'w>(
         let options =
             MatmulOptions { bias: Some(&data.gate_up_bias[e * 2 * width..][..2 * width]), ..Default::default() };
         let first = oracle::matmul(MatRef::new(row, 1, h).unwrap(), up, &options, &[], OutputType::F32).unwrap();
-        let sizes = magnitudes(row, up, 1, rules.activations);
+        let sizes = magnitudes(row, up, 1, rules);
         let limit = f64::from(spec.limit.unwrap());
         let (mut inner, mut slack) = (vec![], vec![]);
         for j in 0..width {
@@ -262,7 +284,9 @@ pub fn moe<'w>(
         let options = MatmulOptions { bias: Some(&data.down_bias[e * h..][..h]), ..Default::default() };
         let exact =
             oracle::matmul(MatRef::new(&inner, 1, width).unwrap(), second, &options, &[], OutputType::F32).unwrap();
-        let sizes = magnitudes(&inner, second, 1, rules.activations);
+        // At least what enters the product: 2^-7 covers the rounding to bf16.
+        let upper = inner.iter().zip(&slack).map(|(v, slack)| (v.to_f64().abs() + slack) * (1.0 + 2f64.powi(-7)));
+        let sizes = magnitudes(&upper.map(bf16::from_f64).collect::<Vec<_>>(), second, 1, rules);
         for (c, want) in exact.iter().enumerate() {
             let carried: f64 = (0..width).map(|j| slack[j] * second.value(c, j).unwrap().abs()).sum();
             let (sum, extra) = sizes[c];
@@ -280,6 +304,10 @@ pub fn moe<'w>(
 
 fn view(x: &[bf16], tokens: usize, heads: usize) -> HeadsRef<'_, bf16> {
     HeadsRef::new(x, tokens, heads, x.len() / (tokens * heads)).unwrap()
+}
+
+fn magnitudes_of(x: &[bf16]) -> Vec<bf16> {
+    x.iter().map(|v| bf16::from_bits(v.to_bits() & 0x7FFF)).collect()
 }
 
 /// One attention's shape.
@@ -312,30 +340,38 @@ pub fn attention<'w>(backend: &mut dyn Backend<'w>, case: &AttentionCase, rules:
             return;
         }
     };
-    let (mut pages, mut reference) = (PageAllocator::new(num_pages, page_size).unwrap(), KvPool::new(config).unwrap());
+    // The cache itself, with |V|, and with |K|: quantizing commutes with signs.
+    let mut pages = PageAllocator::new(num_pages, page_size).unwrap();
+    let mut references = [(); 3].map(|()| KvPool::new(config).unwrap());
     let taken: Vec<u32> = (0..num_pages).map(|_| pages.alloc().unwrap()).collect();
     // Give them back in another order, so that a sequence's pages are not neighbours.
     for page in taken.iter().step_by(2).chain(taken.iter().skip(1).step_by(2)) {
         pages.free(*page).unwrap();
     }
-    (0..num_pages).for_each(|_| {
-        reference.alloc().unwrap();
-    });
+    for reference in &mut references {
+        (0..num_pages).for_each(|_| {
+            reference.alloc().unwrap();
+        });
+    }
     let mut sequence = KvSequence::new(&pages);
     let steps = vec![1; case.steps];
     for &t in case.chunks.iter().chain(&steps) {
         sequence.grow(&mut pages, t).unwrap();
         let table = PageTable::from_sequences([&sequence]).unwrap();
         let mut heads = |heads: usize, dim: usize| round_bf16(&rng.wide(t * heads * dim, -1..=1));
-        let (k, v) = (heads(spec.num_kv_heads, spec.head_dim_qk), heads(spec.num_kv_heads, spec.head_dim_vo));
-        let q = heads(spec.num_qo_heads, spec.head_dim_qk);
-        let (k, v) = (view(&k, t, spec.num_kv_heads), view(&v, t, spec.num_kv_heads));
-        let q = view(&q, t, spec.num_qo_heads);
+        let (k_data, v_data) = (heads(spec.num_kv_heads, spec.head_dim_qk), heads(spec.num_kv_heads, spec.head_dim_vo));
+        let q_data = heads(spec.num_qo_heads, spec.head_dim_qk);
+        let (k, v) = (view(&k_data, t, spec.num_kv_heads), view(&v_data, t, spec.num_kv_heads));
+        let q = view(&q_data, t, spec.num_qo_heads);
         let call = backend.append(cache, 0, &table, &[0, t], k.into(), v.into());
         if !served.count(&what, backend.supports(&append_problem(t)), call) {
             return;
         }
-        append_kv(&mut reference, 0, &table, &[0, t], k, v).unwrap();
+        let [k_size, v_size, q_size] = [&k_data, &v_data, &q_data].map(|x| magnitudes_of(x));
+        let (k_size, v_size) = (view(&k_size, t, spec.num_kv_heads), view(&v_size, t, spec.num_kv_heads));
+        for (reference, (k, v)) in references.iter_mut().zip([(k, v), (k, v_size), (k_size, v)]) {
+            append_kv(reference, 0, &table, &[0, t], k, v).unwrap();
+        }
 
         let tokens = sequence.len();
         let mut out = vec![bf16::NAN; t * spec.num_qo_heads * spec.head_dim_vo];
@@ -366,10 +402,21 @@ pub fn attention<'w>(backend: &mut dyn Backend<'w>, case: &AttentionCase, rules:
             assert!(out.iter().all(|v| v.is_nan()), "{what}: a refused call wrote");
             continue;
         }
-        let queries = Queries { q, indptr: &[0, t], sinks: Some(&sinks[..]).filter(|s| !s.is_empty()) };
-        let exact = attention_oracle::paged(&spec, queries, &reference.layer(0).unwrap(), &table).unwrap();
+        let with_sinks = Some(&sinks[..]).filter(|s| !s.is_empty());
+        let reference = |q, sinks, reference: &KvPool| {
+            let queries = Queries { q, indptr: &[0, t], sinks };
+            attention_oracle::paged(&spec, queries, &reference.layer(0).unwrap(), &table).unwrap()
+        };
+        let exact = reference(q, with_sinks, &references[0]);
+        let spread = reference(q, with_sinks, &references[1]).out;
+        // A log-sum-exp is at least the largest of its terms.
+        let reach = reference(view(&q_size, t, spec.num_qo_heads), None, &references[2]).lse;
         for (i, got) in out.iter().enumerate() {
-            let (want, bound) = (exact.out[i], (rules.attention)(&exact, i));
+            let row = i / spec.head_dim_vo;
+            let sink = sinks.get(row % spec.num_qo_heads).map_or(0.0, |s| f64::from(*s));
+            let (spread, reach, head_dim) = (spread[i], reach[row].max(0.0), spec.head_dim_qk);
+            let attended = Attended { exact: &exact, i, spread, reach, sink, head_dim };
+            let (want, bound) = (exact.out[i], (rules.attention)(&attended));
             let error = (got.to_f64() - want).abs();
             assert!(error <= bound, "{what} [{i}]: {got} is {error:e} from {want}, bound {bound:e}");
         }
@@ -390,6 +437,6 @@ pub fn foreign_ids<'w>(backend: &mut dyn Backend<'w>, other: &mut dyn Backend<'w
 }
 
 /// Bound of a kernel whose attention is the CPU's.
-pub fn cpu_attention(reference: &Reference, i: usize) -> f64 {
-    reference.tolerance::<bf16>(i)
+pub fn cpu_attention(attended: &Attended<'_>) -> f64 {
+    attended.exact.tolerance::<bf16>(attended.i)
 }

@@ -1,6 +1,8 @@
 //! Values as the little-endian bytes that a device holds, and back.
 #![forbid(unsafe_code)]
 
+use crate::error::{Error, Result};
+use crate::view::MatRef;
 use half::bf16;
 
 /// Appends values.
@@ -25,4 +27,16 @@ pub(super) fn to_f32(bytes: &[u8], size: usize) -> impl Iterator<Item = f32> + '
         [a, b] => bf16::from_le_bytes([*a, *b]).to_f32(),
         _ => f32::NAN,
     })
+}
+
+/// Asks that every element be a finite number.
+pub(super) fn check_finite(operand: &'static str, x: MatRef<'_, bf16>) -> Result<()> {
+    for i in 0..x.rows() {
+        let row = x.row(i).unwrap_or_default();
+        if let Some(at) = row.iter().position(|v| !v.is_finite()) {
+            let (got, needed) = (row[at].to_string(), "a finite number: quantize_mx is documented for no other");
+            return Err(Error::Value { operand: operand.into(), at: i * x.cols() + at, got, needed });
+        }
+    }
+    Ok(())
 }

@@ -4,8 +4,11 @@
 use super::CompiledKernel;
 use super::device::{DeviceKernels, Loaded};
 use crate::error::{Error, Result};
-use crate::neuron::{Tensor, TensorSet};
+use crate::neuron::{Tensor, TensorSet, retry};
 use std::sync::{Arc, Mutex, PoisonError};
+
+/// Executions tried while the queue is full: about 30 ms in all.
+const ATTEMPTS: u32 = 10;
 
 /// The compiled shapes of one problem, ascending, with the tensors that stay.
 #[derive(Debug)]
@@ -111,7 +114,7 @@ impl Family {
         let bucket = self.buckets.get(piece.bucket).ok_or_else(missing)?;
         let mut slot = bucket.slots[piece.slot].lock().unwrap_or_else(PoisonError::into_inner);
         let Slot { inputs, outputs } = &mut *slot;
-        Ok(bucket.loaded.model.execute(inputs, outputs)?)
+        Ok(retry(ATTEMPTS, || bucket.loaded.model.execute(inputs, outputs))?)
     }
 
     /// Writes, executes and reads every piece. While one executes, the next is written and the one before is read.

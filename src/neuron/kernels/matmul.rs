@@ -111,9 +111,11 @@ impl MatmulMxKernel {
     /// `x` is `[m, k]`; `store` gets each row of y `[n]`.
     ///
     /// # Errors
-    /// [`Error::Extent`]; [`Error::Device`].
+    /// [`Error::Extent`]; [`Error::Value`] for an activation that is no finite number, since what `quantize_mx` makes of one is
+    /// not documented; [`Error::Device`].
     pub fn run(&self, x: MatRef<'_, bf16>, mut store: impl FnMut(usize, &mut dyn Iterator<Item = f32>)) -> Result<()> {
         extent("activations", "k", x.cols(), self.k)?;
+        bytes::check_finite("activations", x)?;
         let pieces = self.family.pieces(x.rows());
         let (mut sent, mut got) = (Vec::new(), Vec::new());
         let (family, row) = (&self.family, self.n * self.output_bytes);

@@ -49,7 +49,7 @@ struct Shape {
 
 impl Shape {
     fn of(kernel: &CompiledKernel) -> Shape {
-        let y = kernel.int("rows_out").and_then(|y| usize::try_from(y).ok()).unwrap_or(0);
+        let y = kernel.int("rows_out").and_then(|rows| usize::try_from(rows).ok()).unwrap_or(0);
         Shape { x: kernel.dim("X"), y, blocks: kernel.dim("B"), rows: kernel.dim("R") }
     }
 
@@ -195,7 +195,7 @@ impl MoeKernel {
     /// `x` is `[tokens, h]`; slot `token * top_k + j` of `y` (`[tokens * top_k, h]`) is what expert `ids[slot]` makes of the token.
     ///
     /// # Errors
-    /// [`Error::Empty`] for `top_k` 0; [`Error::Multiple`], [`Error::Extent`], [`Error::Index`]; [`Error::Unsupported`] for more
+    /// [`Error::Value`] for an activation that is no finite number; [`Error::Empty`] for `top_k` 0; [`Error::Multiple`], [`Error::Extent`], [`Error::Index`]; [`Error::Unsupported`] for more
     /// experts of a token than compiled; [`Error::Device`]. `y` is untouched but after [`Error::Device`].
     pub fn run(&self, x: MatRef<'_, bf16>, ids: &[u32], top_k: usize, mut y: MatMut<'_, f32>) -> Result<()> {
         if top_k == 0 {
@@ -209,6 +209,7 @@ impl MoeKernel {
         if let Some(at) = ids.iter().position(|id| *id as usize >= self.experts) {
             return Err(Error::index("expert ids", at, ids[at] as usize, self.experts));
         }
+        bytes::check_finite("activations", x)?;
         let caps: Vec<usize> = self.shapes.iter().map(|s| s.tokens(top_k, self.experts)).collect();
         if caps.iter().all(|cap| *cap == 0) {
             return Err(too_few(top_k));
