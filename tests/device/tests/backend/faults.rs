@@ -71,7 +71,7 @@ fn a_matmul_that_fails_halfway_says_so() {
     }
 }
 
-fn load<'w>(device: &Device, w: &'w RandomMatrix) -> (NeuronBackend<'static>, MatrixId) {
+fn load(device: &Device, w: &RandomMatrix) -> (NeuronBackend<'static>, MatrixId) {
     let mut backend = device.backend(ActivationTerms::Two, None);
     let id = backend.load_matrix(&w.view(), &[]).unwrap();
     (backend, id)

@@ -87,7 +87,7 @@ fn every_scaling_gives_the_emulators_bits_within_the_bound() {
                 let all = device.kernels.set().kernels().iter().filter(|k| k.kernel() == "matmul_fp8");
                 let fits = |text: String| {
                     [shape.as_str(), w_scale, &x_scale].iter().all(|w| text.contains(w))
-                        && text.contains("bias float32") == !bias.is_empty()
+                        && text.contains("bias float32") != bias.is_empty()
                         && (w_scheme == Scheme::Fp8PerTensor(E)) == text.contains("w_scale float32 [1, 1]")
                 };
                 if !bias.is_empty() {
