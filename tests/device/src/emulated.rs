@@ -82,7 +82,7 @@ impl Emulated {
         std::fs::write(&path, bytes).expect("a copy of the emulated library");
         // SAFETY: the emulated library's initialisers are those of the Rust standard library, which may run at any time.
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
-        let library = ManuallyDrop::new(library.unwrap_or_else(|e| panic!("{}: {e}", path.display())));
+        let library = ManuallyDrop::new(library.unwrap_or_else(|e| panic!("{}: {e:?}", path.display())));
         let emulated = Emulated { library, folder };
         // SAFETY: the README's prototype.
         let abi_version: extern "C" fn() -> u32 = unsafe { emulated.symbol("emunrt_abi_version") };
