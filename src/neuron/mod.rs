@@ -59,6 +59,7 @@ mod status;
 mod storage;
 pub mod sys;
 mod tensor;
+pub mod trace;
 mod version;
 
 pub use api::{OPTIONAL_SYMBOLS, REQUIRED_SYMBOLS};
