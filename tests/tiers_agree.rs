@@ -1,6 +1,9 @@
 //! Bits do not depend on the machine: every tier this host has gives those of a word-by-word reading of docs/numerics.md.
 //! A tier that the host lacks is reported as skipped.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[path = "support/amx/mod.rs"]
+mod amx;
 #[path = "support/random.rs"]
 mod random;
 
@@ -12,8 +15,10 @@ use trn_kernels::num::Fp8;
 use trn_kernels::quant::{QuantizedMatrix, Scheme};
 use trn_kernels::{Cpu, Isa, MatMut, MatRef, Workspace};
 
-/// Every tier of this host, and the baseline build of the portable one.
+/// Every tier of this host, and the baseline build of the portable one. AMX runs everywhere that AVX-512 does: on an emulator where
+/// the machine has none.
 fn tiers() -> Vec<(String, Cpu<'static>)> {
+    with_amx();
     let mut tiers = vec![("baseline".into(), Cpu::baseline())];
     for isa in Isa::ALL {
         match Cpu::with_isa(isa) {
@@ -24,9 +29,28 @@ fn tiers() -> Vec<(String, Cpu<'static>)> {
     tiers
 }
 
+/// Emulates AMX if need be.
+fn with_amx() {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    amx::available();
+}
+
 /// Loops cut so small that a few rows and panels cross every edge.
-const TINY: Blocking =
-    Blocking { streams: 2, prefetch: 64, chunk_steps: 1, k_block: 64, rows: 9, sums: 16 * 16 * 4, tasks: 3, store: 64 };
+const TINY: Blocking = Blocking {
+    streams: 2,
+    prefetch: 64,
+    chunk_steps: 1,
+    k_block: 64,
+    tile_steps: 1,
+    tile_panels: 1,
+    rows: 9,
+    sums: 16 * 16 * 4,
+    tasks: 3,
+    store: 64,
+};
+
+/// The same with blocks of rows that AMX's two rows of tiles do not divide.
+const ROWS: Blocking = Blocking { tile_steps: 8, tile_panels: 3, rows: 43, sums: 1 << 20, ..TINY };
 
 fn run(cpu: Cpu<'_>, x: Activations<'_>, w: &PackedMatrix) -> Vec<u32> {
     let (m, n) = (x.m(), w.n());
@@ -109,7 +133,7 @@ fn check(x: Activations<'_>, exact: &[f32], w: &QuantizedMatrix<'_>, what: &str)
     let want = expected(exact, of_x, x.m(), w);
     for (name, cpu) in tiers() {
         let packed = cpu.pack(w).unwrap();
-        for (cut, cpu) in [("default", cpu), ("tiny", cpu.with_blocking(TINY))] {
+        for (cut, cpu) in [("default", cpu), ("tiny", cpu.with_blocking(TINY)), ("row", cpu.with_blocking(ROWS))] {
             let got = run(cpu, x, &packed);
             if let Some(at) = got.iter().zip(&want).position(|(a, b)| a != b) {
                 let (got, want) = (f32::from_bits(got[at]), f32::from_bits(want[at]));
@@ -133,7 +157,7 @@ fn every_activation(rng: &mut Rng, f: &[f32], m: usize, w: &QuantizedMatrix<'_>,
     check((&q).into(), &unscaled(&q), w, &format!("{:?} x {what}", w.scheme()));
 }
 
-/// Rows around the decode kernel's 2 and 4 and the register blocks' 6 and 8; n around panels of 16 and blocks of 3; k around steps,
+/// Rows around the decode kernel's 2 and 4, the register blocks' 6 and 8 and the tiles' 16 and 32; n around panels of 16 and blocks of 3; k around steps,
 /// groups of 4 steps and the blocks of k.
 #[test]
 fn every_scheme_activation_and_edge() {
@@ -148,6 +172,9 @@ fn every_scheme_activation_and_edge() {
             (5, 15, 96),
             (7, 47, 544),
             (9, 49, 64),
+            (16, 80, 128),
+            (17, 64, 416),
+            (50, 65, 672),
         ];
         for (i, (m, n, k)) in shapes.into_iter().enumerate() {
             let w = RandomMatrix::new(&mut rng, scheme, n, k, 1 + (s + i) % 4);
@@ -278,6 +305,7 @@ fn explained() {
 #[test]
 fn the_environment_caps_the_tier() {
     const SELF: &str = "the_environment_caps_the_tier";
+    with_amx();
     if std::env::var_os("TIERS_AGREE_CHILD").is_some() {
         println!("{:?} / {}", Cpu::try_detect().map(|cpu| cpu.isa()), Cpu::detect().isa());
         return;

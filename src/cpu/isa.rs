@@ -1,11 +1,12 @@
 //! What the machine has, as data, and the tokens that prove it.
-#![allow(unsafe_code)] // CPUID, nothing else
+#![allow(unsafe_code)] // CPUID, XGETBV, one system call, and the promise of a test that it stands in for AMX
 
 use super::knobs;
 use crate::error::{Error, Result};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 /// Instruction sets the kernels are compiled for, each better than the one before. Bits of results are the same on all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -18,7 +19,8 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL: 512-bit registers.
     Avx512,
-    /// x86-64 with AMX tiles and BF16. No kernel is compiled for it yet, so no machine has it.
+    /// x86-64 with AMX tiles and BF16, AVX-512 VBMI2 beside, on Linux, which must grant the tiles to the process: asked once. Matmul
+    /// of operands that bf16 holds takes tiles, everything else what [`Isa::Avx512`] takes.
     Amx,
 }
 
@@ -42,7 +44,7 @@ impl Isa {
             Isa::Portable => true,
             Isa::Avx2 => Avx2Token::detect().is_some(),
             Isa::Avx512 => Avx512Token::detect().is_some(),
-            Isa::Amx => false,
+            Isa::Amx => AmxToken::detect().is_ok(),
         }
     }
 
@@ -53,12 +55,12 @@ impl Isa {
 
     /// What is missing, in words; `None` if it is available.
     pub(crate) fn missing(self) -> Option<&'static str> {
-        (!self.available()).then_some(match self {
-            Isa::Portable => "nothing",
-            Isa::Avx2 => "this CPU lacks AVX2, FMA or F16C",
-            Isa::Avx512 => "this CPU lacks AVX-512 F, BW, DQ or VL",
-            Isa::Amx => "no kernel of this crate is compiled for it yet",
-        })
+        match self {
+            Isa::Amx => AmxToken::detect().err(),
+            _ if self.available() => None,
+            Isa::Avx2 => Some("this CPU lacks AVX2, FMA or F16C"),
+            _ => Some("this CPU lacks AVX-512 F, BW, DQ or VL"),
+        }
     }
 
     /// The tier that `TRN_KERNELS_ISA` asks for, `None` if it is not set.
@@ -129,6 +131,96 @@ impl Avx512Token {
     }
 }
 
+/// Proof that this process may use AMX tiles with BF16, and that the CPU has AVX-512 VBMI2 and what [`Avx512Token`] proves.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AmxToken(Avx512Token);
+
+/// Whether a test has promised to stand in for AMX.
+static ASSUMED: AtomicBool = AtomicBool::new(false);
+
+/// Makes [`Isa::Amx`] available on a machine that has AVX-512 VBMI2 but no AMX: for tests that execute its instructions
+/// themselves, in a handler of SIGILL. Not covered by semantic versioning.
+///
+/// # Safety
+/// From now on until the process ends, on every thread, LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE and TDPBF16PS do
+/// what the Intel SDM says, whoever does it.
+#[doc(hidden)]
+pub unsafe fn assume_amx() {
+    ASSUMED.store(true, SeqCst);
+}
+
+impl AmxToken {
+    /// What AVX-512 proves.
+    pub(crate) fn avx512(self) -> Avx512Token {
+        self.0
+    }
+
+    /// The token, or what is missing.
+    pub(crate) fn detect() -> Result<Self, &'static str> {
+        static ASKED: OnceLock<Result<(), &str>> = OnceLock::new();
+        let avx512 = Avx512Token::detect().ok_or("this CPU lacks AVX-512 F, BW, DQ or VL")?;
+        if !detected!("avx512vbmi2") {
+            return Err("this CPU lacks AVX-512 VBMI2");
+        }
+        if !ASSUMED.load(SeqCst) {
+            (*ASKED.get_or_init(ask_for_tiles))?;
+        }
+        Ok(AmxToken(avx512))
+    }
+}
+
+/// Asks the CPU for AMX-BF16 and the operating system for leave to use it.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[allow(unused_unsafe)] // CPUID is safe in newer toolchains
+fn ask_for_tiles() -> Result<(), &'static str> {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    // SAFETY: every x86-64 CPU has CPUID; leaf 0 tells the highest.
+    let highest = unsafe { __cpuid(0) }.eax;
+    if highest < 7 {
+        return Err("this CPU lacks AMX-BF16");
+    }
+    // SAFETY: leaf 7 was just seen to exist.
+    let features = unsafe { __cpuid_count(7, 0) }.edx;
+    let (bf16, tile) = (1 << 22, 1 << 24);
+    if features & bf16 == 0 || features & tile == 0 {
+        return Err("this CPU lacks AMX-BF16");
+    }
+    // SAFETY: as for leaf 0.
+    let osxsave = unsafe { __cpuid(1) }.ecx & 1 << 27 != 0;
+    let mut saved = 0u32;
+    if osxsave {
+        // SAFETY: with OSXSAVE, XGETBV of register 0 is allowed; it writes eax and edx alone.
+        unsafe {
+            std::arch::asm!("xgetbv", in("ecx") 0, out("eax") saved, out("edx") _, options(nomem, nostack, preserves_flags));
+        }
+    }
+    // TILECFG and TILEDATA, bits 17 and 18 of XCR0 (Intel SDM vol. 1, 13.3).
+    if saved & 0x6_0000 != 0x6_0000 {
+        return Err("the operating system does not save AMX tiles");
+    }
+    // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), for the whole process: 0, or a negative errno.
+    const ARCH_PRCTL: isize = 158;
+    let answer: isize;
+    // SAFETY: the call takes two numbers and touches no memory of ours; syscall itself clobbers rcx and r11.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") ARCH_PRCTL => answer,
+            in("rdi") 0x1023,
+            in("rsi") 18,
+            out("rcx") _,
+            out("r11") _,
+            options(nostack),
+        );
+    }
+    if answer == 0 { Ok(()) } else { Err("the kernel refuses this process AMX tiles (arch_prctl)") }
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+fn ask_for_tiles() -> Result<(), &'static str> {
+    Err("AMX is asked for on Linux on x86-64 only")
+}
+
 /// Data caches of one core, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caches {
@@ -190,7 +282,7 @@ mod tests {
         let e = "sse9".parse::<Isa>().unwrap_err().to_string();
         assert_eq!(e, "TRN_KERNELS_ISA[0]: got sse9, needed portable, avx2, avx512 or amx");
         assert!(Isa::Portable.available() && Isa::best().available());
-        assert!(Isa::Amx.needed().is_err());
+        assert_eq!(Isa::Amx.needed().is_ok(), Isa::Amx.available());
     }
 
     #[test]

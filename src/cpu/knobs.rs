@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::isa::Caches;
+use super::simd::LANES;
 
 /// `TRN_KERNELS_ISA`: `portable`, `avx2`, `avx512` or `amx`; not set by default. Caps the tier that [`Cpu::detect`] takes, to
 /// compare or measure tiers. Read once in a process.
@@ -30,6 +31,12 @@ pub struct Blocking {
     /// k that the prefill kernel takes through all panels of a task before it goes on. Default: so many that a block of rows of
     /// x, in f32, fills half of L2, at least one chunk. A scale tile is never cut.
     pub k_block: usize,
+    /// Steps that the AMX kernel decodes at a time, rounded up to groups of 4. Default 16: two panels are then 32 KiB of tiles, two
+    /// thirds of the first-level cache of every CPU with AMX.
+    pub tile_steps: usize,
+    /// Panels whose sums the AMX kernel takes through all of k before it goes on. Default: so many that sums of a block of rows
+    /// fill a quarter of L2; x of the decoded steps fills another.
+    pub tile_panels: usize,
     /// Most rows of x at a time. Default 512: a decoded weight is used 512 times, so decoding costs below 1 %, and sums and rows
     /// of x still fit L2 in blocks.
     pub rows: usize,
@@ -51,6 +58,8 @@ impl Blocking {
             prefetch: 2048,
             chunk_steps,
             k_block: (caches.l2 / 2 / (rows * size_of::<f32>())).max(chunk_steps * 32),
+            tile_steps: 16,
+            tile_panels: (caches.l2 / 4 / (rows * LANES * size_of::<f32>())).max(2),
             rows,
             sums: 1 << 22,
             tasks: 4,
@@ -65,6 +74,8 @@ impl Blocking {
             prefetch: self.prefetch,
             chunk_steps: self.chunk_steps.clamp(1, MAX_CHUNK_STEPS),
             k_block: self.k_block.max(1),
+            tile_steps: self.tile_steps.clamp(1, MAX_CHUNK_STEPS),
+            tile_panels: self.tile_panels.max(1),
             rows: self.rows.max(1),
             sums: self.sums.max(1),
             tasks: self.tasks.max(1),

@@ -9,16 +9,17 @@ mod simd;
 mod tier;
 mod workspace;
 
-pub use isa::{Caches, Isa};
+pub use isa::{Caches, Isa, assume_amx};
 pub use knobs::Blocking;
 pub use parallel::Parallelism;
 pub use workspace::Workspace;
 
 pub(crate) use dot::{PanelDot, flushed};
 pub(crate) use flush::{Range, Smallest, flush, flush_free};
+pub(crate) use isa::AmxToken;
 pub(crate) use parallel::{for_each, for_each_zip};
 pub(crate) use simd::{Fp8Bits, LANES, LINE, STEP, Simd};
-pub(crate) use tier::{Kernel, Tier};
+pub(crate) use tier::{Kernel, Tier, amx};
 pub(crate) use workspace::Lines;
 
 use crate::error::Result;

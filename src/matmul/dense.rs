@@ -33,7 +33,7 @@ impl Cpu<'_> {
         if let Some(bias) = options.bias {
             length("bias", bias.len(), w.n())?;
         }
-        let plan = Plan::new(self, x.scale_tile(), w.layout(), x.m())?;
+        let plan = Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), w.layout(), x.m())?;
         let (scratch, _) = workspace.take(plan.scratch(w.layout(), x.m()), 0);
         let epilogue = RowEpilogue::new(options, options.bias);
         Problem { cpu: self, plan, x: &x, w }.run(Rows::Range { start: 0, len: x.m() }, &epilogue, &mut y, scratch);

@@ -1,6 +1,7 @@
 //! The loops: blocks of rows, tasks of rows and panels, and which kernel a task takes.
 #![forbid(unsafe_code)]
 
+use super::amx;
 use super::coding::{Coding, with_coding};
 use super::decode::Decode;
 use super::epilogue::{RowEpilogue, Sums};
@@ -9,9 +10,10 @@ use super::operand::{Activations, Output};
 use super::packed::{Facts, PackedMatrix, code_range};
 use super::prefill::Prefill;
 use super::tiles::Tiles;
-use crate::cpu::{Blocking, Cpu, LANES, LINE, Range, STEP, Smallest, flush_free, for_each, for_each_zip};
+use crate::cpu::{AmxToken, Blocking, Cpu, LANES, LINE, Range, STEP, Smallest, flush_free, for_each, for_each_zip};
 use crate::error::{Error, Result};
 use crate::quant::Scheme;
+use bytemuck::{cast_slice, cast_slice_mut};
 use std::sync::Mutex;
 
 /// Which rows of x make which rows of y.
@@ -56,6 +58,8 @@ pub(super) struct Plan {
     pub(super) task_rows: usize,
     pub(super) panel_tasks: usize,
     pub(super) row_tasks: usize,
+    /// Whether tiles are tried first: what they do not take falls to the kernels below.
+    pub(super) amx: Option<AmxToken>,
     /// Most rows the decode kernel takes.
     pub(super) decode_rows: usize,
     /// Rows and panels of the prefill kernel's register block.
@@ -92,26 +96,38 @@ fn refused(what: String) -> Error {
 }
 
 impl Plan {
-    /// For at most `m` rows.
+    /// For at most `m` rows of x, which bf16 holds exactly or not, with f32 scales that change every `of_x` along k.
     ///
     /// # Errors
     /// As [`tile`].
-    pub(super) fn new(cpu: &Cpu<'_>, of_x: Option<usize>, w: &PackedLayout, m: usize) -> Result<Plan> {
+    pub(super) fn new(
+        cpu: &Cpu<'_>,
+        (of_x, in_bf16): (Option<usize>, bool),
+        w: &PackedLayout,
+        m: usize,
+    ) -> Result<Plan> {
         let tile = tile(of_x, w.scheme(), w.k())?;
+        let amx = cpu.tier().amx().filter(|_| in_bf16 && amx::takes(tile, w.k()));
         let (block, decode_rows) = cpu.tier().block();
         let (blocking, panels, threads) = (cpu.blocking(), w.panels().max(1), cpu.parallelism().threads().max(1));
         let rows = (blocking.sums / panels.saturating_mul(LANES)).clamp(1, blocking.rows).min(m.max(1));
         // What a kernel walks together stays together if every thread has a task all the same.
-        let unit = if rows <= decode_rows { blocking.streams } else { block.1 };
+        let unit = match amx {
+            Some(_) if rows <= amx::TILE_ROWS => amx::FEW_PANELS,
+            Some(_) => amx::BLOCK_PANELS,
+            None if rows <= decode_rows => blocking.streams,
+            None => block.1,
+        };
+        let row_unit = if amx.is_some() { amx::BLOCK_ROWS } else { block.0 };
         let wanted = if threads == 1 { 1 } else { threads.saturating_mul(blocking.tasks) };
         let together = panels.div_ceil(wanted).checked_next_multiple_of(unit).unwrap_or(panels);
         let task_panels = if panels.div_ceil(together) >= threads { together } else { panels.div_ceil(threads) };
         let panel_tasks = panels.div_ceil(task_panels);
         // Few panels and many rows: rows are split too.
         let row_tasks = if panel_tasks >= threads { 1 } else { wanted.div_ceil(panel_tasks) };
-        let task_rows = rows.div_ceil(row_tasks).next_multiple_of(if row_tasks == 1 { 1 } else { block.0 });
+        let task_rows = rows.div_ceil(row_tasks).next_multiple_of(if row_tasks == 1 { 1 } else { row_unit });
         let row_tasks = rows.div_ceil(task_rows);
-        Ok(Plan { rows, task_panels, task_rows, panel_tasks, row_tasks, decode_rows, block, tile, blocking })
+        Ok(Plan { rows, task_panels, task_rows, panel_tasks, row_tasks, amx, decode_rows, block, tile, blocking })
     }
 
     /// f32 of scratch that [`Problem::run`] needs.
@@ -119,7 +135,7 @@ impl Plan {
         if w.n() == 0 || m == 0 {
             return 0;
         }
-        self.rows * stride(w) + self.tasks() * (self.task_sums() + self.task_scratch())
+        self.rows * stride(w) + self.tasks() * (self.task_sums() + self.task_scratch(w))
     }
 
     fn tasks(&self) -> usize {
@@ -137,9 +153,11 @@ impl Plan {
     }
 
     /// Decoded weights, and partial sums between f32 scales.
-    fn task_scratch(&self) -> usize {
+    fn task_scratch(&self, w: &PackedLayout) -> usize {
         let part = (self.blocking.streams * self.decode_rows).max(self.block.1 * self.task_rows);
-        self.chunk() + if self.tile.is_some() { part * LANES } else { 0 }
+        let any = self.chunk() + if self.tile.is_some() { part * LANES } else { 0 };
+        let amx = self.amx.map_or(0, |_| amx::scratch(&self.blocking, self.tile, w, self.task_rows));
+        any.max(amx)
     }
 }
 
@@ -169,6 +187,9 @@ pub(super) struct Quick {
 }
 
 impl Quick {
+    /// Where tiles are taken it is not asked.
+    const NOTHING: Quick = Quick { values: false, flush: true, sums: false };
+
     fn new(scheme: Scheme, w: Facts, x: Range) -> Quick {
         let flush = !flush_free(x.smallest, w.smallest());
         let Some(format) = scheme.element() else {
@@ -194,14 +215,15 @@ impl Problem<'_> {
         let stride = stride(&w.layout);
         let (a, scratch) = scratch.split_at_mut(plan.rows * stride);
         let (sums, scratch) = scratch.split_at_mut(plan.tasks() * plan.task_sums());
-        let scratch = &mut scratch[..plan.tasks() * plan.task_scratch()];
+        let scratch = &mut scratch[..plan.tasks() * plan.task_scratch(&w.layout)];
         let mut first = 0;
         while first < rows.len() {
             let count = plan.rows.min(rows.len() - first);
             let a = &mut a[..count * stride];
-            let quick = self.load(rows, first, a, stride);
-            let block = Block { problem: *self, rows, first, count, a, stride, quick };
-            let (task, task_scratch) = (plan.task_sums(), plan.task_scratch());
+            let amx = plan.amx.filter(|_| self.load_tiles(rows, first, count, a));
+            let quick = if amx.is_some() { Quick::NOTHING } else { self.load(rows, first, a, stride) };
+            let block = Block { problem: *self, rows, first, count, a, stride, amx, quick };
+            let (task, task_scratch) = (plan.task_sums(), plan.task_scratch(&w.layout));
             for_each_zip(cpu.parallelism(), (&mut *sums, task), (&mut *scratch, task_scratch), |t, sums, scratch| {
                 block.task(t, sums, scratch);
             });
@@ -225,6 +247,29 @@ impl Problem<'_> {
             }
             first += count;
         }
+    }
+
+    /// Loads rows of x as tiles of bf16 to the beginning of `a`, if weights and rows are what tiles take.
+    fn load_tiles(&self, rows: Rows<'_>, first: usize, count: usize, a: &mut [f32]) -> bool {
+        let Problem { cpu, plan, x, w } = *self;
+        if !amx::allows(w.facts) {
+            return false;
+        }
+        let steps = w.layout.steps();
+        let tile = amx::TILE_ROWS * steps * STEP;
+        let out = &mut cast_slice_mut::<f32, u16>(a)[..count * steps * STEP];
+        let (tier, seen) = (cpu.tier(), Mutex::new(Range::new(Smallest::BF16)));
+        let part = (2 * plan.blocking.store / tile.max(1)).max(1);
+        for_each(cpu.parallelism(), (out, part * tile), |p, out| {
+            let mut range = Range::new(Smallest::BF16);
+            for (t, out) in out.chunks_mut(tile).enumerate() {
+                let first = first + (p * part + t) * amx::TILE_ROWS;
+                amx::LoadTile { x, rows, first, steps, out, range: &mut range }.run(tier);
+            }
+            let mut seen = seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            *seen = seen.merge(range);
+        });
+        amx::allowed(w.facts, seen.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
     /// Loads rows of x and says what their magnitudes allow.
@@ -265,14 +310,16 @@ struct Block<'a> {
     rows: Rows<'a>,
     first: usize,
     count: usize,
+    /// Rows of x: as tiles of bf16 with `amx`, as f32 `stride` apart without.
     a: &'a [f32],
     stride: usize,
+    amx: Option<AmxToken>,
     quick: Quick,
 }
 
 impl Block<'_> {
     fn task(&self, task: usize, sums: &mut [f32], scratch: &mut [f32]) {
-        let Block { problem: Problem { cpu, plan, x, w }, rows, count, stride, quick, .. } = *self;
+        let Block { problem: Problem { cpu, plan, x, w }, rows, count, stride, amx, quick, .. } = *self;
         let first_panel = task / plan.row_tasks * plan.task_panels;
         let first_row = task % plan.row_tasks * plan.task_rows;
         // The last block of rows may leave tasks without any.
@@ -281,13 +328,18 @@ impl Block<'_> {
         if rows_here == 0 || panels == 0 {
             return;
         }
-        let (decoded, part) = scratch.split_at_mut(plan.chunk());
-        let (decoded, part) = (decoded.as_chunks_mut().0, part.as_chunks_mut().0);
         let sums = &mut sums.as_chunks_mut().0[..panels * rows_here];
         let data = w.data.get().get(first_panel * w.layout.panel_bytes()..).unwrap_or_default();
-        let a = &self.a[first_row * stride..];
         let tiles = plan.tile.map(|k| Tiles { k, x, w, rows, first: self.first + first_row });
         let blocking = plan.blocking;
+        if let Some(token) = amx {
+            let (tier, layout, rows) = (cpu.tier(), w.layout, rows_here);
+            let x = &cast_slice::<f32, u16>(self.a)[first_row * layout.steps() * STEP..];
+            return amx::Amx { token, tier, layout, data, first_panel, x, rows, tiles, blocking, sums, scratch }.run();
+        }
+        let a = &self.a[first_row * stride..];
+        let (decoded, part) = scratch.split_at_mut(plan.chunk());
+        let (decoded, part) = (decoded.as_chunks_mut().0, part.as_chunks_mut().0);
         with_coding!(w.scheme(), |coding| {
             if plan.decodes(count, quick) {
                 cpu.tier().run(Decode {

@@ -118,7 +118,7 @@ impl Cpu<'_> {
         let layout = w.experts[0].layout();
         let groups = || offsets.windows(2).map(|range| (range[0] as usize, (range[1] - range[0]) as usize)).enumerate();
         // Loops are cut for the rows that each expert has.
-        let plan = |rows| Plan::new(self, x.scale_tile(), layout, rows);
+        let plan = |rows| Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), layout, rows);
         let floats = scratch(layout, groups().map(|(_, (_, rows))| rows), plan)?;
         let (scratch, _) = workspace.take(floats, 0);
         for (e, (start, len)) in groups() {
@@ -163,7 +163,7 @@ impl Cpu<'_> {
             return Err(Error::Index { operand: "expert ids".into(), at, got: ids[at].into(), limit: w.len() });
         }
         let layout = w.experts[0].layout();
-        let plan = |rows| Plan::new(self, x.scale_tile(), layout, rows);
+        let plan = |rows| Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), layout, rows);
         let indices = ids.len() + w.len() + 1;
         let (slots, ends) = workspace.take(0, indices).1.split_at_mut(ids.len());
         sort_by_expert(ids, slots, ends);

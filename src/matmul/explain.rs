@@ -1,6 +1,7 @@
 //! Which kernel a call takes, and why, in words.
 #![forbid(unsafe_code)]
 
+use super::amx;
 use super::coding::with_coding;
 use super::driver::Plan;
 use super::layout::PackedLayout;
@@ -30,7 +31,7 @@ impl Cpu<'_> {
         let MatmulProblem { scheme, m, n, k } = *problem;
         super::pack::check_tiles(scheme, k)?;
         let layout = PackedLayout::new(scheme, n, k)?;
-        let plan = Plan::new(self, None, &layout, m)?;
+        let plan = Plan::new(self, (None, true), &layout, m)?;
         let isa = self.isa();
         let mut text = format!("{m} x {n} x {k} (m x n x k), {scheme:?}, on {isa}: {}.\n{layout}.\n", why(isa));
         if m == 0 || n == 0 {
@@ -38,6 +39,30 @@ impl Cpu<'_> {
             return Ok(text);
         }
         let blocking = plan.blocking;
+        if plan.amx.is_some() {
+            if plan.rows <= amx::TILE_ROWS {
+                text.push_str(&format!(
+                    "bf16 and quantized activations: AMX decode kernel: {} rows fill at most one tile, so memory is the limit; each \
+                     step of {} panels is decoded to bf16 tiles in L1 and multiplied at once, {} bytes ahead are prefetched.\n",
+                    plan.rows,
+                    amx::FEW_PANELS,
+                    blocking.prefetch,
+                ));
+            } else {
+                text.push_str(&format!(
+                    "bf16 and quantized activations: AMX prefill kernel: {} steps of 32 k of {} panels are decoded to bf16 tiles in L1 \
+                     and multiplied by all rows, {} at a time; sums of {} panels stay in L2.\n",
+                    blocking.tile_steps,
+                    amx::BLOCK_PANELS,
+                    amx::BLOCK_ROWS,
+                    blocking.tile_panels,
+                ));
+            }
+            text.push_str(
+                "f32 and f16 activations, which bf16 does not hold, and numbers for which tiles are not proved exact take what \
+                 avx512 takes, with the same bits:\n",
+            );
+        }
         if plan.rows <= plan.decode_rows {
             let power = with_coding!(scheme, |coding| super::coding::Coding::power(coding));
             text.push_str(&format!(

@@ -4,6 +4,7 @@
 //! `docs/numerics.md`; [`oracle`] is the same product in f64 with the bound within which every result must lie.
 #![forbid(unsafe_code)]
 
+mod amx;
 mod coding;
 mod decode;
 mod dense;

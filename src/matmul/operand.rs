@@ -47,8 +47,7 @@ impl Activations<'_> {
     pub(super) fn load(&self, tier: Tier, row: usize, out: &mut [f32]) -> Range {
         let (values, pad) = out.split_at_mut(self.k());
         pad.fill(0.0);
-        let exact_in_bf16 = matches!(self, Activations::Bf16(_) | Activations::Quantized(_));
-        let mut range = Range::new(if exact_in_bf16 { Smallest::BF16 } else { Smallest::F32 });
+        let mut range = Range::new(if self.exact_in_bf16() { Smallest::BF16 } else { Smallest::F32 });
         tier.run(Load { x: self, row, values, range: &mut range });
         range
     }
@@ -62,6 +61,11 @@ impl Activations<'_> {
             },
             _ => None,
         }
+    }
+
+    /// Whether bf16 holds every element (without f32 scales) exactly.
+    pub(super) fn exact_in_bf16(&self) -> bool {
+        matches!(self, Activations::Bf16(_) | Activations::Quantized(_))
     }
 
     /// The f32 scale at `(row, col)`.
@@ -93,7 +97,7 @@ impl Kernel for Load<'_> {
                 }
             }
             Activations::F16(x) => x.row(row).unwrap_or_default().convert_to_f32_slice(values),
-            Activations::Quantized(x) => x.decode_row(row, values),
+            Activations::Quantized(x) => x.decode_from(row, 0, values),
         }
         for value in &mut *values {
             *value = flush(*value);

@@ -465,12 +465,13 @@ impl<'a> QuantizedMatrix<'a> {
         Ok(())
     }
 
-    /// Row `row` without its f32 scale: code x block scale, exact unless it leaves f32's range. `out` holds k elements.
-    pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
-        let block = self.scheme.block();
+    /// Elements of a row from `first` on, where a block begins, without f32 scales: code x block scale, exact unless it leaves f32's
+    /// range. Without blocks `first` may be any.
+    pub(crate) fn decode_from(&self, row: usize, first: usize, out: &mut [f32]) {
+        let block = if self.scheme.block() == 1 { 32 } else { self.scheme.block() };
         let fp8 = self.scheme.fp8().map(Fp8::values);
-        for (b, out) in out.chunks_mut(if block == 1 { 32 } else { block }).enumerate() {
-            let first = b * if block == 1 { 32 } else { block };
+        for (b, out) in out.chunks_mut(block).enumerate() {
+            let first = first + b * block;
             let scale = self.block_scale(row, first).unwrap_or(f32::NAN);
             for (i, y) in out.iter_mut().enumerate() {
                 let element = match (fp8, self.code(row, first + i)) {

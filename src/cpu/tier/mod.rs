@@ -1,13 +1,14 @@
 //! One file for each instruction set: sixteen lanes of it, and the entry that kernels are compiled into.
 #![allow(unsafe_code)] // calls of functions compiled for a detected target feature, nothing else
 
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
 
-use super::isa::{Avx2Token, Avx512Token, Isa};
+use super::isa::{AmxToken, Avx2Token, Avx512Token, Isa};
 use super::simd::Simd;
 use portable::Portable;
 
@@ -26,6 +27,8 @@ pub(crate) enum Tier {
     Portable(Avx2Token),
     Avx2(Avx2Token),
     Avx512(Avx512Token),
+    /// Tiles for matmul of what bf16 holds, AVX-512 for everything else.
+    Amx(AmxToken),
 }
 
 impl Tier {
@@ -35,7 +38,7 @@ impl Tier {
             Isa::Portable => Some(Avx2Token::detect().map_or(Tier::Baseline, Tier::Portable)),
             Isa::Avx2 => Avx2Token::detect().map(Tier::Avx2),
             Isa::Avx512 => Avx512Token::detect().map(Tier::Avx512),
-            Isa::Amx => None,
+            Isa::Amx => AmxToken::detect().ok().map(Tier::Amx),
         }
     }
 
@@ -44,6 +47,15 @@ impl Tier {
             Tier::Baseline | Tier::Portable(_) => Isa::Portable,
             Tier::Avx2(_) => Isa::Avx2,
             Tier::Avx512(_) => Isa::Avx512,
+            Tier::Amx(_) => Isa::Amx,
+        }
+    }
+
+    /// The right to use tiles, if this tier has it.
+    pub(crate) fn amx(self) -> Option<AmxToken> {
+        match self {
+            Tier::Amx(token) => Some(token),
+            _ => None,
         }
     }
 
@@ -65,6 +77,11 @@ impl Tier {
                 // SAFETY: the token exists only if all of the entry's features were detected on this CPU.
                 unsafe { avx512::run(token, kernel) }
             }
+            #[cfg(target_arch = "x86_64")]
+            Tier::Amx(token) => {
+                // SAFETY: as above; the token holds that of AVX-512.
+                unsafe { avx512::run(token.avx512(), kernel) }
+            }
             _ => kernel.run(Portable),
         }
     }
@@ -78,7 +95,7 @@ impl Tier {
             #[cfg(target_arch = "x86_64")]
             Tier::Avx2(_) => of::<avx2::Avx2>(),
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512(_) => of::<avx512::Avx512>(),
+            Tier::Avx512(_) | Tier::Amx(_) => of::<avx512::Avx512>(),
             _ => of::<Portable>(),
         }
     }

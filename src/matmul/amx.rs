@@ -1,0 +1,311 @@
+//! The AMX path: rows of x as tiles of bf16, and which loop of `cpu::tier::amx` a task takes.
+#![forbid(unsafe_code)]
+
+use super::driver::Rows;
+use super::layout::{GROUP, PackedLayout};
+use super::operand::Activations;
+use super::packed::Facts;
+use super::tiles::{AddScaled, Tiles};
+use crate::cpu::amx::{Decoded, FewRows, ManyRows, PANELS, Scaled, Steps, TILE, TileCode};
+use crate::cpu::{AmxToken, Blocking, Kernel, LANES, Range, STEP, Simd, Tier, flush, flush_free};
+use crate::quant::Scheme;
+use bytemuck::{cast_slice, cast_slice_mut};
+
+/// Rows of a tile.
+pub(super) const TILE_ROWS: usize = 16;
+/// Rows of x that share a loaded tile of w.
+pub(super) const BLOCK_ROWS: usize = 2 * TILE_ROWS;
+/// Panels that share a loaded tile of x.
+pub(super) const BLOCK_PANELS: usize = 2;
+/// Panels walked in step by few rows.
+pub(super) const FEW_PANELS: usize = PANELS;
+/// Runs between f32 scales of one call for few rows: their sums then stay in the first-level cache.
+const RUNS: usize = 8;
+/// f32 in a tile.
+const TILE_FLOATS: usize = TILE / size_of::<f32>();
+
+/// Whether the loops can keep apart what f32 scales that change every `tile` k keep apart: they count groups of four steps.
+pub(super) fn takes(tile: Option<usize>, k: usize) -> bool {
+    tile.is_none_or(|tile| tile >= k || tile.is_multiple_of(GROUP * STEP))
+}
+
+/// Whether tiles give the bits of the definition: all weights and all x are finite numbers, exact in bf16, and no subnormal arises.
+pub(super) fn allowed(w: Facts, x: Range) -> bool {
+    allows(w) && x.top() <= 128 && flush_free(x.smallest, w.smallest())
+}
+
+/// As far as the weights tell.
+pub(super) fn allows(w: Facts) -> bool {
+    w.finite && w.exact
+}
+
+fn code(scheme: Scheme) -> TileCode {
+    match scheme {
+        Scheme::Mxfp4 => TileCode::Mxfp4,
+        Scheme::Nvfp4 => TileCode::Nvfp4,
+        Scheme::Mxfp8(element) => TileCode::Mxfp8(element),
+        Scheme::Fp8PerTensor(element) | Scheme::Fp8PerChannel(element) | Scheme::Fp8Blockwise { element, .. } => {
+            TileCode::Fp8(element)
+        }
+        Scheme::Bf16 => TileCode::Bf16,
+    }
+}
+
+/// Steps from group `first` on, at most `count` groups.
+fn steps(layout: &PackedLayout, first: usize, count: usize) -> Steps {
+    let count = (count * GROUP).min(layout.steps() - first * GROUP);
+    let last = (count - 1) % GROUP + 1;
+    Steps {
+        count,
+        group_bytes: layout.group_bytes(),
+        area: layout.scale_area(GROUP),
+        last_area: layout.scale_area(last),
+        step_bytes: layout.step_bytes(),
+    }
+}
+
+/// Loads up to 16 rows of x to `[step][row][32]` bf16, subnormals as zeros, zeros past k.
+pub(super) struct LoadTile<'a> {
+    pub(super) x: &'a Activations<'a>,
+    pub(super) rows: Rows<'a>,
+    pub(super) first: usize,
+    pub(super) steps: usize,
+    pub(super) out: &'a mut [u16],
+    pub(super) range: &'a mut Range,
+}
+
+impl LoadTile<'_> {
+    pub(super) fn run(self, tier: Tier) {
+        tier.run(self);
+    }
+}
+
+impl Kernel for LoadTile<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let LoadTile { x, rows, first, steps, out, range } = self;
+        let height = out.len() / (steps * STEP).max(1);
+        let (mut smallest, mut largest) = ([u16::MAX; STEP], [0u16; STEP]);
+        for row in 0..height {
+            let source = rows.source(first + row);
+            let plain = match x {
+                Activations::Bf16(x) => x.row(source).unwrap_or_default(),
+                _ => &[],
+            };
+            for step in 0..steps {
+                let mut bits = [0u16; STEP];
+                let valid = STEP.min(x.k() - step * STEP);
+                match x {
+                    Activations::Quantized(x) => {
+                        let mut values = [0.0; STEP];
+                        x.decode_from(source, step * STEP, &mut values[..valid]);
+                        for (bits, value) in bits.iter_mut().zip(values) {
+                            *bits = (flush(value).to_bits() >> 16) as u16;
+                        }
+                    }
+                    _ => {
+                        for (bits, x) in bits.iter_mut().zip(&plain[step * STEP..][..valid]) {
+                            let x = x.to_bits();
+                            *bits = if x & 0x7F80 == 0 { x & 0x8000 } else { x };
+                        }
+                    }
+                }
+                for i in 0..STEP {
+                    // Magnitudes order as their bits do; less one, zero wraps to the top.
+                    let magnitude = bits[i] & 0x7FFF;
+                    smallest[i] = smallest[i].min(magnitude.wrapping_sub(1));
+                    largest[i] = largest[i].max(magnitude);
+                }
+                if let Some(to) = out[(step * height + row) * STEP..].first_chunk_mut() {
+                    *to = bits;
+                }
+            }
+        }
+        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        let seen = smallest.map(|s| value(s.wrapping_add(1)));
+        range.see(&seen);
+        range.see(&largest.map(value));
+    }
+}
+
+/// Sums of rows of x with consecutive panels.
+pub(super) struct Amx<'a> {
+    pub(super) token: AmxToken,
+    pub(super) tier: Tier,
+    pub(super) layout: PackedLayout,
+    /// Packed bytes from the first panel on, and its index.
+    pub(super) data: &'a [u8],
+    pub(super) first_panel: usize,
+    /// Tiles of 16 rows, the last one perhaps shorter, as [`LoadTile`] makes them.
+    pub(super) x: &'a [u16],
+    pub(super) rows: usize,
+    pub(super) tiles: Option<Tiles<'a>>,
+    pub(super) blocking: Blocking,
+    /// `[panel][rows]`.
+    pub(super) sums: &'a mut [[f32; LANES]],
+    /// [`scratch`] floats.
+    pub(super) scratch: &'a mut [f32],
+}
+
+/// Groups decoded at a time: whole runs between f32 scales.
+fn chunk(blocking: &Blocking, tile: Option<usize>, steps: usize) -> usize {
+    let groups = steps.div_ceil(GROUP).max(1);
+    let run = if tile.is_some() { run(tile, groups) } else { 1 };
+    blocking.tile_steps.div_ceil(GROUP).next_multiple_of(run).min(groups)
+}
+
+/// Groups between f32 scales, all if there are none.
+fn run(tile: Option<usize>, groups: usize) -> usize {
+    tile.map_or(groups, |tile| (tile / (GROUP * STEP)).max(1)).min(groups)
+}
+
+/// f32 of scratch that a task of so many rows needs.
+pub(super) fn scratch(blocking: &Blocking, tile: Option<usize>, layout: &PackedLayout, rows: usize) -> usize {
+    let parts = if tile.is_some() { RUNS * PANELS * TILE_ROWS * LANES } else { 0 };
+    let few = 2 * PANELS * TILE_FLOATS + parts;
+    if rows <= TILE_ROWS {
+        return few;
+    }
+    let groups = chunk(blocking, tile, layout.steps());
+    let scales = if tile.is_some() { groups * (rows + BLOCK_PANELS * LANES) } else { 0 };
+    few.max(groups * GROUP * BLOCK_PANELS * TILE_FLOATS + scales).next_multiple_of(LANES)
+}
+
+impl Amx<'_> {
+    pub(super) fn run(self) {
+        self.sums.fill([0.0; LANES]);
+        match self.layout.steps() {
+            0 => {}
+            _ if self.rows <= TILE_ROWS => self.few(),
+            _ => self.many(),
+        }
+    }
+
+    fn few(mut self) {
+        let panels = self.sums.len() / self.rows;
+        let mut panel = 0;
+        while panel < panels {
+            let together = if panels - panel >= PANELS { PANELS } else { 1 };
+            self.few_panels(panel, together);
+            panel += together;
+        }
+    }
+
+    fn few_panels(&mut self, panel: usize, panels: usize) {
+        let (layout, rows, code) = (&self.layout, self.rows, code(self.layout.scheme()));
+        let (groups, panel_bytes) = (layout.steps().div_ceil(GROUP), layout.panel_bytes());
+        let (buffers, part) = self.scratch.split_at_mut(2 * PANELS * TILE_FLOATS);
+        let Some(buffers) = cast_slice_mut::<f32, [u8; TILE]>(buffers).first_chunk_mut() else { return };
+        let sums = &mut self.sums[panel * rows..(panel + panels) * rows];
+        let part = part.as_chunks_mut().0;
+        let run = run(self.tiles.map(|t| t.k), groups);
+        let mut first = 0;
+        while first < groups {
+            let count = if self.tiles.is_some() { run * RUNS } else { groups }.min(groups - first);
+            let (steps, offset) = (steps(layout, first, count), first * layout.group_bytes());
+            let few = FewRows {
+                code,
+                steps,
+                data: &self.data[panel * panel_bytes + offset..],
+                panel_bytes,
+                panels,
+                x: &self.x[first * GROUP * rows * STEP..],
+                rows,
+                run,
+                ahead: self.blocking.prefetch,
+                ahead_until: panel_bytes - offset,
+                // Each stream goes on with the panel that it walks next.
+                ahead_next: self.blocking.prefetch.saturating_add((panels - 1) * panel_bytes),
+                sums: if self.tiles.is_some() { &mut *part } else { &mut *sums },
+                tiles: buffers,
+            };
+            few.run(self.token);
+            if let Some(tiles) = &self.tiles {
+                for (r, part) in part.chunks_exact(panels * rows).take(count.div_ceil(run)).enumerate() {
+                    let (start, panel) = ((first + r * run) * GROUP * STEP, self.first_panel + panel);
+                    self.tier.run(AddScaled { tiles, panel, start, rows, part, acc: &mut *sums });
+                }
+            }
+            first += count;
+        }
+    }
+
+    fn many(mut self) {
+        let (panels, groups) = (self.sums.len() / self.rows, self.layout.steps().div_ceil(GROUP));
+        let tile = self.tiles.map(|t| t.k);
+        let chunk = chunk(&self.blocking, tile, self.layout.steps());
+        // Sums of these panels and x of a chunk stay in the second-level cache.
+        let set = self.blocking.tile_panels.next_multiple_of(BLOCK_PANELS);
+        for panel in (0..panels).step_by(set) {
+            for first in (0..groups).step_by(chunk) {
+                let count = chunk.min(groups - first);
+                self.many_chunk(panel..(panel + set).min(panels), first, count);
+            }
+        }
+    }
+
+    fn many_chunk(&mut self, panels: std::ops::Range<usize>, first: usize, count: usize) {
+        let Amx { token, layout, rows, tiles, .. } = *self;
+        let (code, all_steps) = (code(layout.scheme()), layout.steps());
+        let (steps, offset, panel_bytes) =
+            (steps(&layout, first, count), first * layout.group_bytes(), layout.panel_bytes());
+        let run_steps = tiles.map_or(steps.count, |t| run(Some(t.k), count) * GROUP);
+        let runs = steps.count.div_ceil(run_steps);
+        let (buffer, scales) = self.scratch.split_at_mut(count * GROUP * BLOCK_PANELS * TILE_FLOATS);
+        let buffer = cast_slice_mut::<f32, [u8; TILE]>(buffer);
+        let start_of = |r: usize| first * GROUP * STEP + r * run_steps * STEP;
+        let (of_rows, of_panels) = scales.split_at_mut(if tiles.is_some() { runs * rows } else { 0 });
+        if let Some(tiles) = &tiles {
+            for (r, of_rows) in of_rows.chunks_exact_mut(rows).enumerate() {
+                of_rows.iter_mut().enumerate().for_each(|(i, scale)| *scale = tiles.row(i, start_of(r)));
+            }
+        }
+        let of_panels = of_panels.as_chunks_mut().0.as_chunks_mut().0;
+        for panel in panels.clone().step_by(BLOCK_PANELS) {
+            let together = BLOCK_PANELS.min(panels.end - panel);
+            let data = &self.data[panel * panel_bytes + offset..];
+            let (w, panel_stride): (&[u8], usize) = if code == TileCode::Bf16 {
+                (data, panel_bytes)
+            } else {
+                for p in 0..together {
+                    let tiles = &mut buffer[p * steps.count..(p + 1) * steps.count];
+                    let data = &data[p * panel_bytes..];
+                    Decoded { code, steps, data, ahead: self.blocking.prefetch, tiles }.run(token);
+                }
+                (cast_slice(&*buffer), steps.count * TILE)
+            };
+            if let Some(tiles) = &tiles {
+                for (r, of_panels) in of_panels.iter_mut().enumerate().take(runs) {
+                    for (p, lanes) in of_panels.iter_mut().enumerate().take(together) {
+                        *lanes = tiles.lanes(self.first_panel + panel + p, start_of(r));
+                    }
+                }
+            }
+            // Whole runs, and what k leaves of the last one.
+            let whole = steps.count / run_steps * run_steps;
+            for (from, many) in [(0, whole), (whole, steps.count - whole)] {
+                let scaled = tiles.is_some().then(|| Scaled {
+                    run: run_steps.min(many),
+                    of_rows: &of_rows[from / run_steps * rows..],
+                    of_panels: &of_panels[from / run_steps..],
+                });
+                if many == 0 {
+                    continue;
+                }
+                let many = ManyRows {
+                    steps: many,
+                    w: &w[from * TILE..],
+                    panel_stride,
+                    panels: together,
+                    x: self.x,
+                    all_steps,
+                    first_step: first * GROUP + from,
+                    rows,
+                    scaled,
+                    sums: &mut self.sums[panel * rows..(panel + together) * rows],
+                };
+                many.run(token);
+            }
+        }
+    }
+}
