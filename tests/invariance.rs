@@ -1,6 +1,9 @@
 //! An output depends on its own row of x and its own row of w, and on nothing else: not on the other rows, on threads, on how loops
 //! are cut, on how n is split, on who packed the weights.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[path = "support/amx/mod.rs"]
+mod amx;
 #[path = "support/random.rs"]
 mod random;
 
@@ -22,7 +25,10 @@ fn activations(rng: &mut Rng, len: usize) -> Vec<bf16> {
     rng.wide(len, -3..=3).iter().map(|v| bf16::from_f32(*v)).collect()
 }
 
+/// Every tier of this host; AMX on an emulator if need be.
 fn tiers() -> impl Iterator<Item = Cpu<'static>> {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    amx::available();
     Isa::ALL.into_iter().filter_map(|isa| Cpu::with_isa(isa).map_err(|e| eprintln!("skipped: {e}")).ok())
 }
 
@@ -38,7 +44,20 @@ fn cuts() -> Vec<Blocking> {
         Blocking { chunk_steps: huge, k_block: huge, ..usual },
         Blocking { rows: 5, sums: 1, ..usual },
         Blocking { tasks: 7, store: 1, ..usual },
-        Blocking { streams: 0, prefetch: 0, chunk_steps: 0, k_block: 0, rows: 0, sums: 0, tasks: 0, store: 0 },
+        Blocking { tile_steps: 0, tile_panels: 0, rows: 17, ..usual },
+        Blocking { tile_steps: huge, tile_panels: huge, ..usual },
+        Blocking {
+            streams: 0,
+            prefetch: 0,
+            chunk_steps: 0,
+            k_block: 0,
+            tile_steps: 0,
+            tile_panels: 0,
+            rows: 0,
+            sums: 0,
+            tasks: 0,
+            store: 0,
+        },
         Blocking::of(Caches { l1: 0, l2: 0 }),
     ]
 }
@@ -81,9 +100,9 @@ fn threads_and_cuts() {
                     assert_eq!(y, whole, "{scheme:?}, m {m}, {threads} threads, {}", cpu.isa());
                 }
             }
-            for cut in cuts() {
-                let y = run(Cpu::detect().with_blocking(cut), &x[..m * k], m, &packed);
-                assert_eq!(y, whole, "{scheme:?}, m {m}, {cut:?}");
+            for (cut, cpu) in cuts().into_iter().flat_map(|cut| tiers().map(move |cpu| (cut, cpu))) {
+                let y = run(cpu.with_blocking(cut), &x[..m * k], m, &packed);
+                assert_eq!(y, whole, "{scheme:?}, m {m}, {cut:?} on {}", cpu.isa());
             }
         }
     }

@@ -75,7 +75,7 @@ impl Blocking {
             chunk_steps: self.chunk_steps.clamp(1, MAX_CHUNK_STEPS),
             k_block: self.k_block.max(1),
             tile_steps: self.tile_steps.clamp(1, MAX_CHUNK_STEPS),
-            tile_panels: self.tile_panels.max(1),
+            tile_panels: self.tile_panels.clamp(1, usize::MAX / 2),
             rows: self.rows.max(1),
             sums: self.sums.max(1),
             tasks: self.tasks.max(1),

@@ -30,16 +30,15 @@ pub(crate) fn available() -> bool {
 }
 
 fn install() {
-    // SAFETY: the handler has the signature that SA_SIGINFO asks for; an all-zero sigaction is valid. From then on AMX's
-    // instructions do what they do on a machine that has them, which is what `assume_amx` asks for.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_sigill;
-        action.sa_sigaction = handler as usize;
-        action.sa_flags = libc::SA_SIGINFO;
-        assert_eq!(libc::sigaction(libc::SIGILL, &raw const action, std::ptr::null_mut()), 0);
-        trn_kernels::cpu::assume_amx();
-    }
+    let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_sigill;
+    // SAFETY: a sigaction is integers and a mask; all zeros are one.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    (action.sa_sigaction, action.sa_flags) = (handler as usize, libc::SA_SIGINFO);
+    // SAFETY: the handler has the signature that SA_SIGINFO asks for, and does what may be done for a synchronous fault.
+    let installed = unsafe { libc::sigaction(libc::SIGILL, &raw const action, std::ptr::null_mut()) };
+    assert_eq!(installed, 0);
+    // SAFETY: from now on AMX's instructions do what they do on a machine that has them.
+    unsafe { trn_kernels::cpu::assume_amx() };
 }
 
 /// Registers by their number in an instruction.

@@ -48,6 +48,17 @@ fn bf16_bits(x: f32) -> u16 {
 }
 
 impl TileCode {
+    /// Bytes of codes and of block scales in a step.
+    pub(super) fn step_bytes(self) -> (usize, usize) {
+        match self {
+            TileCode::Mxfp4 => (256, 16),
+            TileCode::Nvfp4 => (256, 32),
+            TileCode::Fp8(_) => (512, 0),
+            TileCode::Mxfp8(_) => (512, 16),
+            TileCode::Bf16 => (1024, 0),
+        }
+    }
+
     /// zmm26 to zmm31 for the macros below.
     pub(super) fn constants(self) -> Constants {
         let mut c = [[0u16; 32]; 6];

@@ -70,6 +70,13 @@ struct Args {
     constants: *const Constants,
 }
 
+const _: () = {
+    use std::mem::offset_of;
+    assert!(offset_of!(Args, groups) == 64 && offset_of!(Args, data) == 88 && offset_of!(Args, area) == 112);
+    assert!(offset_of!(Args, ahead) == 136 && offset_of!(Args, x) == 160 && offset_of!(Args, sums) == 176);
+    assert!(offset_of!(Args, tiles) == 192 && offset_of!(Args, constants) == 208);
+};
+
 impl FewRows<'_> {
     /// `sums = x . panels` for each run, in the canonical order, subnormals flushed.
     pub(crate) fn run(self, token: AmxToken) {
@@ -80,7 +87,7 @@ impl FewRows<'_> {
             return;
         }
         // What the loop reads and writes, as slices: these stop the call if a caller counted wrong.
-        assert!((1..=16).contains(&rows) && (panels == 1 || panels == PANELS) && run >= 1);
+        assert!((1..=16).contains(&rows) && (panels == 1 || panels == PANELS) && run >= 1 && steps.fit(code));
         let data = &data[..(panels - 1) * panel_bytes + steps.bytes()];
         let x = &x[..steps.count * rows * 32];
         let sums = &mut sums[..groups.div_ceil(run) * panels * rows];
@@ -110,25 +117,26 @@ impl FewRows<'_> {
             constants: &raw const constants,
         };
         let _: AmxToken = token;
-        // SAFETY, of each of the calls: the token proves the features. `args` describes the slices above, which live until the call
-        // has returned: the loop takes `groups` groups of 4 steps (the last one `last_steps`), reads of each panel and group the
-        // scales at its start and the codes `area` bytes on, up to `steps.bytes()` bytes from the panel's start by the definition of
-        // `Steps`, and per step `x_step` bytes of x; it stores `panels` tiles of `rows` x 64 bytes at the end of each of
-        // `div_ceil(groups, run)` runs; tiles go to the two buffers of four.
         #[cfg(target_arch = "x86_64")]
-        unsafe {
-            match (code, panels) {
-                (TileCode::Mxfp4, 1) => mxfp4_1(&mut args),
-                (TileCode::Mxfp4, _) => mxfp4_4(&mut args),
-                (TileCode::Nvfp4, 1) => nvfp4_1(&mut args),
-                (TileCode::Nvfp4, _) => nvfp4_4(&mut args),
-                (TileCode::Fp8(_), 1) => fp8_1(&mut args),
-                (TileCode::Fp8(_), _) => fp8_4(&mut args),
-                (TileCode::Mxfp8(_), 1) => mxfp8_1(&mut args),
-                (TileCode::Mxfp8(_), _) => mxfp8_4(&mut args),
-                (TileCode::Bf16, 1) => bf16_1(&mut args),
-                (TileCode::Bf16, _) => bf16_4(&mut args),
-            }
+        {
+            let run: unsafe fn(&mut Args) = match (code, panels) {
+                (TileCode::Mxfp4, 1) => mxfp4_1,
+                (TileCode::Mxfp4, _) => mxfp4_4,
+                (TileCode::Nvfp4, 1) => nvfp4_1,
+                (TileCode::Nvfp4, _) => nvfp4_4,
+                (TileCode::Fp8(_), 1) => fp8_1,
+                (TileCode::Fp8(_), _) => fp8_4,
+                (TileCode::Mxfp8(_), 1) => mxfp8_1,
+                (TileCode::Mxfp8(_), _) => mxfp8_4,
+                (TileCode::Bf16, 1) => bf16_1,
+                (TileCode::Bf16, _) => bf16_4,
+            };
+            // SAFETY: the token proves the features. `args` describes the slices above, which live until the call
+            // has returned: the loop takes `groups` groups of 4 steps (the last one `last_steps`), reads of each panel and group the
+            // scales at its start and the codes `area` bytes on, up to `steps.bytes()` bytes from the panel's start by the definition of
+            // `Steps`, and per step `x_step` bytes of x; it stores `panels` tiles of `rows` x 64 bytes at the end of each of
+            // `div_ceil(groups, run)` runs; tiles go to the two buffers of four.
+            unsafe { run(&mut args) }
         }
     }
 }

@@ -43,6 +43,7 @@ impl Decoded<'_> {
         if steps.count == 0 {
             return;
         }
+        assert!(steps.fit(code));
         let data = &data[..steps.bytes()];
         let tiles = &mut tiles[..steps.count];
         let constants = code.constants();
@@ -58,17 +59,18 @@ impl Decoded<'_> {
             ahead,
         };
         let _: AmxToken = token;
-        // SAFETY, of each of the calls: the token proves the features; `args` describes the slices above: the loop reads scales and
-        // codes up to `steps.bytes()` bytes from `data` and writes one tile for each of `count` steps.
         #[cfg(target_arch = "x86_64")]
-        unsafe {
-            match code {
-                TileCode::Mxfp4 => decode_mxfp4(&args),
-                TileCode::Nvfp4 => decode_nvfp4(&args),
-                TileCode::Fp8(_) => decode_fp8(&args),
-                TileCode::Mxfp8(_) => decode_mxfp8(&args),
-                TileCode::Bf16 => {}
-            }
+        {
+            let run: unsafe fn(&DecodeArgs) = match code {
+                TileCode::Mxfp4 => decode_mxfp4,
+                TileCode::Nvfp4 => decode_nvfp4,
+                TileCode::Fp8(_) => decode_fp8,
+                TileCode::Mxfp8(_) => decode_mxfp8,
+                TileCode::Bf16 => return,
+            };
+            // SAFETY: the token proves the features; `args` describes the slices above: the loop reads scales and
+            // codes up to `steps.bytes()` bytes from `data` and writes one tile for each of `count` steps.
+            unsafe { run(&args) }
         }
     }
 }
@@ -199,6 +201,14 @@ struct Args {
     kept: [usize; 5],
 }
 
+const _: () = {
+    use std::mem::offset_of;
+    assert!(offset_of!(DecodeArgs, ahead) == 64 && offset_of!(DecodeArgs, area) == 24);
+    assert!(offset_of!(Args, blocks) == 64 && offset_of!(Args, x) == 88 && offset_of!(Args, x_step) == 104);
+    assert!(offset_of!(Args, w) == 128 && offset_of!(Args, sums) == 144 && offset_of!(Args, of_rows) == 160);
+    assert!(offset_of!(Args, parts) == 184 && offset_of!(Args, both_parts) == 208 && offset_of!(Args, kept) == 216);
+};
+
 /// Sums of two runs of a block.
 #[repr(C, align(64))]
 struct Parts([[u8; TILE]; 8]);
@@ -257,22 +267,23 @@ impl ManyRows<'_> {
                 kept: [0; 5],
             };
             let _: AmxToken = token;
-            // SAFETY, of each of the calls: the token proves the features. `args` describes the slices above, which live until the
-            // call has returned, for rows `first..first + blocks * (of[0] + of[1])`, which `rows` bounds: x's tiles of `of[i]` rows
-            // are followed by each other, every one of `all_steps` steps of `of[i] * 64` bytes, from the tile's `first_step` on; w's
-            // panels have `runs * run = steps` tiles; sums, parts and scales are as long as was just asked for.
             #[cfg(target_arch = "x86_64")]
-            unsafe {
-                match (panels, of[1] > 0, scaled.is_some()) {
-                    (1, false, false) => rows_16_panels_1(&mut args),
-                    (1, true, false) => rows_32_panels_1(&mut args),
-                    (_, false, false) => rows_16_panels_2(&mut args),
-                    (_, true, false) => rows_32_panels_2(&mut args),
-                    (1, false, true) => scaled_rows_16_panels_1(&mut args),
-                    (1, true, true) => scaled_rows_32_panels_1(&mut args),
-                    (_, false, true) => scaled_rows_16_panels_2(&mut args),
-                    (_, true, true) => scaled_rows_32_panels_2(&mut args),
-                }
+            {
+                let run: unsafe fn(&mut Args) = match (panels, of[1] > 0, scaled.is_some()) {
+                    (1, false, false) => rows_16_panels_1,
+                    (1, true, false) => rows_32_panels_1,
+                    (_, false, false) => rows_16_panels_2,
+                    (_, true, false) => rows_32_panels_2,
+                    (1, false, true) => scaled_rows_16_panels_1,
+                    (1, true, true) => scaled_rows_32_panels_1,
+                    (_, false, true) => scaled_rows_16_panels_2,
+                    (_, true, true) => scaled_rows_32_panels_2,
+                };
+                // SAFETY: the token proves the features. `args` describes the slices above, which live until the
+                // call has returned, for rows `first..first + blocks * (of[0] + of[1])`, which `rows` bounds: x's tiles of `of[i]` rows
+                // are followed by each other, every one of `all_steps` steps of `of[i] * 64` bytes, from the tile's `first_step` on; w's
+                // panels have `runs * run = steps` tiles; sums, parts and scales are as long as was just asked for.
+                unsafe { run(&mut args) }
             }
             first += blocks * (of[0] + of[1]);
         }

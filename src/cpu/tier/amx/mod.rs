@@ -34,6 +34,15 @@ pub(crate) struct Steps {
 }
 
 impl Steps {
+    /// Whether the bytes are those that the loops of a code walk: what their safety rests on.
+    fn fit(&self, code: TileCode) -> bool {
+        let (step, scales) = code.step_bytes();
+        self.step_bytes == step
+            && self.area >= 4 * scales
+            && self.last_area >= self.last_steps() * scales
+            && self.group_bytes >= self.area + 4 * step
+    }
+
     /// Groups of four, the last one perhaps shorter.
     fn groups(&self) -> usize {
         self.count.div_ceil(4)
