@@ -42,6 +42,17 @@ const FP4_UP: u16 = 125;
 /// NVFP4: bf16 bits that stand for 1.0 before the subtraction. Scales times 1.5 stay below, twice them fit 15 bits.
 const NV_ONE: u16 = 0x7000;
 
+/// VPSHUFB's indices for the high byte of each word in its low byte; zero above.
+const HIGH_BYTES: [u16; 32] = {
+    let mut bytes = [0x8000; 32];
+    let mut i = 0;
+    while i < 32 {
+        bytes[i] |= 2 * (i as u16 % 8) + 1;
+        i += 1;
+    }
+    bytes
+};
+
 /// bf16 bits of a number that bf16 holds.
 fn bf16_bits(x: f32) -> u16 {
     (x.to_bits() >> 16) as u16
@@ -66,6 +77,7 @@ impl TileCode {
             TileCode::Bf16 => {}
             TileCode::Mxfp4 => {
                 c[0] = words(u32::from(FP4_UP + 127));
+                c[1] = HIGH_BYTES;
                 c[5] = std::array::from_fn(|i| {
                     let value = F4E2M1x2::VALUES[i % 16];
                     if value == 0.0 { 0 } else { bf16_bits(value) + (FP4_UP << 7) }
@@ -130,6 +142,8 @@ macro_rules! e8m0_scales {
     };
 }
 
+/// The permutation looks at the low bits of each word, so nothing is masked. One of the three shifts is a shuffle of bytes: shifts
+/// and saturating subtractions of 512 bits share port 0, permutations have port 5.
 macro_rules! mxfp4_tile {
     ($out:literal) => {
         concat!(
@@ -138,7 +152,7 @@ macro_rules! mxfp4_tile {
             .irp line, 0, 1, 2, 3
             vmovdqu64 zmm17, zmmword ptr [rsi + 64 * \line]
             vpsrlw zmm18, zmm17, 4
-            vpsrlw zmm19, zmm17, 8
+            vpshufb zmm19, zmm17, zmm27
             vpsrlw zmm20, zmm17, 12
             vpermw zmm17, zmm17, zmm31
             vpermw zmm18, zmm18, zmm31
@@ -189,11 +203,15 @@ macro_rules! nvfp4_tile {
             .irp line, 0, 1
             vmovdqu64 zmm16, zmmword ptr [rsi + 128 * \block + 64 * \line]
             .irp shift, 0, 4, 8, 12
+            .if \shift
             vpsrlw zmm17, zmm16, \shift
             vpermw zmm17, zmm17, zmm31
+            .else
+            vpermw zmm17, zmm16, zmm31
+            .endif
             vptestmw k1, zmm17, zmm30
-            vpsubusw zmm18, zmm17, zmm20
-            vpsubusw zmm18 {{k1}}, zmm17, zmm21
+            vpblendmw zmm18 {{k1}}, zmm20, zmm21
+            vpsubusw zmm18, zmm17, zmm18
             vmovdqu64 zmmword ptr [r11 + ",
             $out,
             r" + 512 * \block + 256 * \line + 16 * \shift], zmm18

@@ -290,7 +290,8 @@ impl ManyRows<'_> {
     }
 }
 
-/// The products of a step for all steps at rsi, rdi (x) and r9 (w), rcx of them. Sums are `[tile of rows][panel]` from tmm0 on.
+/// The products of a step for all steps at rsi, rdi (x) and r9 (w), rcx of them. Sums are `[tile of rows][panel]` from tmm0 on. x comes
+/// from the second-level cache: whole blocks ask for it two steps ahead.
 macro_rules! multiply {
     (1, 1) => {
         r"
@@ -344,10 +345,16 @@ macro_rules! multiply {
         tileloadd tmm4, [rsi + rdx * 1]
         tileloadd tmm6, [r9 + rdx * 1]
         tdpbf16ps tmm0, tmm4, tmm6
+        .irp row, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+        prefetcht0 [rsi + 2048 + 64 * \row]
+        .endr
         tileloadd tmm7, [r15 + rdx * 1]
         tdpbf16ps tmm1, tmm4, tmm7
         tileloadd tmm5, [rdi + rdx * 1]
         tdpbf16ps tmm2, tmm5, tmm6
+        .irp row, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+        prefetcht0 [rdi + 2048 + 64 * \row]
+        .endr
         tdpbf16ps tmm3, tmm5, tmm7
         add rsi, [r13 + 104]
         add rdi, [r13 + 112]
