@@ -2,15 +2,16 @@
 //! compared in tests/tiers_agree.rs. Runs on an emulator of the instructions where the machine has none.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
-#[path = "support/amx/mod.rs"]
-mod amx;
 #[path = "support/random.rs"]
 mod random;
+#[path = "support/tiers.rs"]
+mod tiers;
 
 use half::bf16;
 use random::{RandomMatrix, Rng, SCHEMES};
 use std::arch::asm;
 use std::sync::Mutex;
+use tiers::amx;
 use trn_kernels::matmul::{Activations, MatmulOptions};
 use trn_kernels::num::Fp8;
 use trn_kernels::quant::Scheme;

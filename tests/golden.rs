@@ -1,6 +1,8 @@
 //! Every golden file, case by case from its manifest; `TRN_KERNELS_GOLDEN` names another directory with the same files.
 
 mod support;
+#[path = "support/tiers.rs"]
+mod tiers;
 
 #[path = "golden_cases/attention.rs"]
 mod attention;

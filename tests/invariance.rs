@@ -1,14 +1,14 @@
 //! An output depends on its own row of x and its own row of w, and on nothing else: not on the other rows, on threads, on how loops
 //! are cut, on how n is split, on who packed the weights.
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-#[path = "support/amx/mod.rs"]
-mod amx;
 #[path = "support/random.rs"]
 mod random;
+#[path = "support/tiers.rs"]
+mod tiers;
 
 use half::bf16;
 use random::{RandomMatrix, Rng, SCHEMES};
+use tiers::tiers;
 use trn_kernels::cpu::{Blocking, Caches};
 use trn_kernels::matmul::{MatmulOptions, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::quant::Scheme;
@@ -23,13 +23,6 @@ fn run(cpu: Cpu<'_>, x: &[bf16], m: usize, w: &PackedMatrix) -> Vec<u32> {
 
 fn activations(rng: &mut Rng, len: usize) -> Vec<bf16> {
     rng.wide(len, -3..=3).iter().map(|v| bf16::from_f32(*v)).collect()
-}
-
-/// Every tier of this host; AMX on an emulator if need be.
-fn tiers() -> impl Iterator<Item = Cpu<'static>> {
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    amx::available();
-    Isa::ALL.into_iter().filter_map(|isa| Cpu::with_isa(isa).map_err(|e| eprintln!("skipped: {e}")).ok())
 }
 
 /// Ways to cut loops: each field small, each field as large as it may be.

@@ -2,7 +2,10 @@
 
 #[path = "support/random.rs"]
 mod random;
+#[path = "support/tiers.rs"]
+mod tiers;
 
+use half::bf16;
 use random::{RandomMatrix, Rng, SCHEMES};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -94,14 +97,14 @@ fn layer_operations_allocate_nothing() {
 #[test]
 fn matmul_allocates_nothing() {
     let mut rng = Rng(1);
-    let (m, n, k) = (9, 40, 256);
-    let cpu = Cpu::detect();
-    let mut ws = Workspace::new();
+    let (m, n, k) = (25, 40, 256);
     let x = rng.wide(m * k, 0..=0);
-    let x = MatRef::new(&x, m, k).unwrap();
+    let bf16s: Vec<bf16> = x.iter().map(|v| bf16::from_f32(*v)).collect();
+    let (x, in_bf16) = (MatRef::new(&x, m, k).unwrap(), MatRef::new(&bf16s, m, k).unwrap());
     let mut y = vec![0.0f32; m * n];
     let options = MatmulOptions::default();
-    for scheme in SCHEMES {
+    for (cpu, scheme) in tiers::tiers().flat_map(|cpu| SCHEMES.map(|scheme| (cpu, scheme))) {
+        let mut ws = Workspace::new();
         let w = RandomMatrix::new(&mut rng, scheme, n, k, 2);
         let packed = cpu.pack(&w.view()).unwrap();
         let experts = PackedExperts::new(vec![packed.clone(), packed.clone()]).unwrap();
@@ -114,13 +117,15 @@ fn matmul_allocates_nothing() {
                 };
             }
             cpu.matmul(x, &packed, out!(), &options, &mut ws).unwrap();
+            cpu.matmul(in_bf16, &packed, out!(), &options, &mut ws).unwrap();
             cpu.matmul(&quantized, &packed, out!(), &options, &mut ws).unwrap();
-            cpu.grouped_matmul(x, &experts, &[0, 4, 9], out!(), &options, &mut ws).unwrap();
-            let ids = [0, 1, 1, 0, 0, 1, 0, 1, 1];
+            cpu.grouped_matmul(x, &experts, &[0, 4, 25], out!(), &options, &mut ws).unwrap();
+            cpu.grouped_matmul(in_bf16, &experts, &[0, 4, 25], out!(), &options, &mut ws).unwrap();
+            let ids: [u32; 25] = std::array::from_fn(|i| (i % 3 % 2) as u32);
             cpu.gather_matmul(x, RowSource::Slot, &experts, &ids, 1, out!(), &options, &mut ws).unwrap();
         };
         all();
-        assert_eq!(allocations(all), 0, "{scheme:?}");
+        assert_eq!(allocations(all), 0, "{scheme:?} on {}", cpu.isa());
     }
 }
 

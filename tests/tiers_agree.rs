@@ -1,11 +1,10 @@
 //! Bits do not depend on the machine: every tier this host has gives those of a word-by-word reading of docs/numerics.md.
 //! A tier that the host lacks is reported as skipped.
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-#[path = "support/amx/mod.rs"]
-mod amx;
 #[path = "support/random.rs"]
 mod random;
+#[path = "support/tiers.rs"]
+mod tiers;
 
 use half::{bf16, f16};
 use random::{RandomMatrix, Rng, SCHEMES};
@@ -14,26 +13,6 @@ use trn_kernels::matmul::{Activations, MatmulOptions, PackedMatrix};
 use trn_kernels::num::Fp8;
 use trn_kernels::quant::{QuantizedMatrix, Scheme};
 use trn_kernels::{Cpu, Isa, MatMut, MatRef, Workspace};
-
-/// Every tier of this host, and the baseline build of the portable one. AMX runs everywhere that AVX-512 does: on an emulator where
-/// the machine has none.
-fn tiers() -> Vec<(String, Cpu<'static>)> {
-    with_amx();
-    let mut tiers = vec![("baseline".into(), Cpu::baseline())];
-    for isa in Isa::ALL {
-        match Cpu::with_isa(isa) {
-            Ok(cpu) => tiers.push((isa.to_string(), cpu)),
-            Err(e) => eprintln!("skipped: {e}"),
-        }
-    }
-    tiers
-}
-
-/// Emulates AMX if need be.
-fn with_amx() {
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    amx::available();
-}
 
 /// Loops cut so small that a few rows and panels cross every edge.
 const TINY: Blocking = Blocking {
@@ -131,7 +110,7 @@ fn expected(x: &[f32], x_scales: Option<&QuantizedMatrix<'_>>, m: usize, w: &Qua
 fn check(x: Activations<'_>, exact: &[f32], w: &QuantizedMatrix<'_>, what: &str) {
     let of_x = if let Activations::Quantized(q) = x { Some(q) } else { None };
     let want = expected(exact, of_x, x.m(), w);
-    for (name, cpu) in tiers() {
+    for (name, cpu) in tiers::all_builds() {
         let packed = cpu.pack(w).unwrap();
         for (cut, cpu) in [("default", cpu), ("tiny", cpu.with_blocking(TINY)), ("row", cpu.with_blocking(ROWS))] {
             let got = run(cpu, x, &packed);
@@ -289,7 +268,7 @@ fn the_check_can_fail() {
 #[test]
 fn explained() {
     use trn_kernels::matmul::MatmulProblem;
-    for (_, cpu) in tiers() {
+    for (_, cpu) in tiers::all_builds() {
         let text = |m| cpu.explain(&MatmulProblem { scheme: Scheme::Mxfp4, m, n: 4096, k: 2880 }).unwrap();
         let one = text(1);
         let decodes = cpu.isa() > Isa::Portable;
@@ -305,7 +284,7 @@ fn explained() {
 #[test]
 fn the_environment_caps_the_tier() {
     const SELF: &str = "the_environment_caps_the_tier";
-    with_amx();
+    tiers::with_amx();
     if std::env::var_os("TIERS_AGREE_CHILD").is_some() {
         println!("{:?} / {}", Cpu::try_detect().map(|cpu| cpu.isa()), Cpu::detect().isa());
         return;

@@ -48,9 +48,10 @@ impl Isa {
         }
     }
 
-    /// The best that this machine runs.
+    /// The best that this machine itself runs.
     pub fn best() -> Isa {
-        Isa::ALL.into_iter().rev().find(|isa| isa.available()).unwrap_or(Isa::Portable)
+        let own = |isa: &Isa| isa.available() && (*isa != Isa::Amx || tiles_granted().is_ok());
+        Isa::ALL.into_iter().rev().find(own).unwrap_or(Isa::Portable)
     }
 
     /// What is missing, in words; `None` if it is available.
@@ -139,7 +140,7 @@ pub(crate) struct AmxToken(Avx512Token);
 static ASSUMED: AtomicBool = AtomicBool::new(false);
 
 /// Makes [`Isa::Amx`] available on a machine that has AVX-512 VBMI2 but no AMX: for tests that execute its instructions
-/// themselves, in a handler of SIGILL. Not covered by semantic versioning.
+/// themselves, in a handler of SIGILL. Detection never chooses what is assumed. Not covered by semantic versioning.
 ///
 /// # Safety
 /// From now on until the process ends, on every thread, LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE and TDPBF16PS do
@@ -157,16 +158,21 @@ impl AmxToken {
 
     /// The token, or what is missing.
     pub(crate) fn detect() -> Result<Self, &'static str> {
-        static ASKED: OnceLock<Result<(), &str>> = OnceLock::new();
         let avx512 = Avx512Token::detect().ok_or("this CPU lacks AVX-512 F, BW, DQ or VL")?;
         if !detected!("avx512vbmi2") {
             return Err("this CPU lacks AVX-512 VBMI2");
         }
         if !ASSUMED.load(SeqCst) {
-            (*ASKED.get_or_init(ask_for_tiles))?;
+            tiles_granted()?;
         }
         Ok(AmxToken(avx512))
     }
+}
+
+/// [`ask_for_tiles`], once in a process.
+fn tiles_granted() -> Result<(), &'static str> {
+    static ASKED: OnceLock<Result<(), &str>> = OnceLock::new();
+    *ASKED.get_or_init(ask_for_tiles)
 }
 
 /// Asks the CPU for AMX-BF16 and the operating system for leave to use it.

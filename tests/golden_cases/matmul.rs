@@ -1,6 +1,7 @@
-//! golden/matmul: every case, every output type, within the manifest's bound and within the crate's own.
+//! golden/matmul: every case, every tier, every output type, within the manifest's bound and within the crate's own.
 
 use crate::support::{Golden, text, uint};
+use crate::tiers;
 use half::bf16;
 use serde_json::Value;
 use trn_kernels::matmul::{Activations, MatmulOptions, oracle};
@@ -120,7 +121,7 @@ fn all_cases() {
         for ((e, r), a) in expected.iter().zip(&reference).zip(&magnitude) {
             assert!((e.value - r).abs() <= relative * a, "{case}: the oracle is not the reference");
         }
-        for cpu in [Cpu::detect(), Cpu::baseline()] {
+        for (_, cpu) in tiers::all_builds() {
             let packed = cpu.pack(&w).unwrap();
             let mut y = vec![f32::NAN; m * n];
             cpu.matmul(x, &packed, MatMut::new(&mut y, m, n).unwrap(), &options, &mut ws).unwrap();
