@@ -34,7 +34,8 @@ fn tiers() -> impl Iterator<Item = Cpu<'static>> {
 
 /// Ways to cut loops: each field small, each field as large as it may be.
 fn cuts() -> Vec<Blocking> {
-    let usual = Blocking::default();
+    // Small matrices fork too.
+    let usual = Blocking { fork: 0, ..Blocking::default() };
     let huge = usize::MAX;
     vec![
         usual,
@@ -57,8 +58,10 @@ fn cuts() -> Vec<Blocking> {
             sums: 0,
             tasks: 0,
             store: 0,
+            fork: 0,
         },
-        Blocking::of(Caches { l1: 0, l2: 0 }),
+        Blocking { fork: 1, ..Blocking::of(Caches { l1: 0, l2: 0 }) },
+        Blocking::default(),
     ]
 }
 
@@ -167,7 +170,7 @@ fn experts_on_threads() {
         for threads in [1, 3, 8] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             for cpu in tiers() {
-                let cpu = cpu.with_parallelism(Parallelism::Pool(&pool));
+                let cpu = cpu.with_parallelism(Parallelism::Pool(&pool)).with_blocking(cuts()[0]);
                 let packed: Vec<_> = data.iter().map(|w| cpu.pack(&w.view()).unwrap()).collect();
                 let stack = PackedExperts::new(packed.clone()).unwrap();
                 let mut y = vec![0.0f32; tokens * top_k * n];

@@ -44,8 +44,12 @@ pub struct Blocking {
     pub sums: usize,
     /// Tasks for each thread. Default 4: a slow core then holds up the rest by an eighth of the work, and a fork stays cheap.
     pub tasks: usize,
-    /// Outputs below which rows are stored by the calling thread alone. Default 65536: they take what a fork costs, 10 to 30 us.
+    /// Elements of x or y that a thread loads or stores at a time, at least a row. Default 65536: they take what a fork costs, 10
+    /// to 30 us.
     pub store: usize,
+    /// Multiply-adds below which the calling thread does not fork. Default 2^21: they take about 30 us, what
+    /// a fork costs.
+    pub fork: usize,
 }
 
 impl Blocking {
@@ -64,6 +68,7 @@ impl Blocking {
             sums: 1 << 22,
             tasks: 4,
             store: 1 << 16,
+            fork: 1 << 21,
         }
     }
 
@@ -80,6 +85,7 @@ impl Blocking {
             sums: self.sums.max(1),
             tasks: self.tasks.max(1),
             store: self.store,
+            fork: self.fork,
         }
     }
 }

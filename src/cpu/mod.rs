@@ -106,6 +106,11 @@ impl<'pool> Cpu<'pool> {
         self.blocking
     }
 
+    /// The same, but serial if so many multiply-adds are too few for a fork.
+    pub(crate) fn for_work(self, multiply_adds: usize) -> Self {
+        if multiply_adds < self.blocking.fork { Cpu { parallelism: Parallelism::Serial, ..self } } else { self }
+    }
+
     pub(crate) fn tier(&self) -> Tier {
         self.tier
     }

@@ -1,7 +1,7 @@
 //! Dense matmul.
 #![forbid(unsafe_code)]
 
-use super::driver::{Plan, Problem, Rows};
+use super::driver::{Plan, Problem, Rows, work};
 use super::epilogue::{MatmulOptions, RowEpilogue};
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
@@ -33,10 +33,13 @@ impl Cpu<'_> {
         if let Some(bias) = options.bias {
             length("bias", bias.len(), w.n())?;
         }
-        let plan = Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), w.layout(), x.m())?;
+        let cpu = &self.for_work(work(x.m(), w.layout()));
+        let plan = Plan::new(cpu, (x.scale_tile(), x.exact_in_bf16()), w.layout(), x.m())?;
         let (scratch, _) = workspace.take(plan.scratch(w.layout(), x.m()), 0);
         let epilogue = RowEpilogue::new(options, options.bias);
-        Problem { cpu: self, plan, x: &x, w }.run(Rows::Range { start: 0, len: x.m() }, &epilogue, &mut y, scratch);
+        let problem = Problem { cpu, plan, x: &x, w };
+        let rows = Rows::Range { start: 0, len: x.m() };
+        cpu.parallelism().enter(|| problem.run(rows, &epilogue, &mut y, scratch));
         Ok(())
     }
 }

@@ -138,6 +138,12 @@ impl Plan {
         self.rows * stride(w) + self.tasks() * (self.task_sums() + self.task_scratch(w))
     }
 
+    /// Rows of so many elements that a thread loads or stores at a time.
+    fn part(&self, rows: usize, elements: usize) -> usize {
+        let parts = rows.saturating_mul(elements) / self.blocking.store.max(1);
+        rows.div_ceil(parts.max(1)).max(1)
+    }
+
     fn tasks(&self) -> usize {
         self.panel_tasks * self.row_tasks
     }
@@ -159,6 +165,11 @@ impl Plan {
         let amx = self.amx.map_or(0, |_| amx::scratch(&self.blocking, self.tile, w, self.task_rows));
         any.max(amx)
     }
+}
+
+/// Multiply-adds of so many rows with weights: what is worth a fork or not.
+pub(super) fn work(rows: usize, w: &PackedLayout) -> usize {
+    rows.saturating_mul(w.n()).saturating_mul(w.k())
 }
 
 /// f32 from one loaded row of x to the next: a line more than k needs, so that rows do not fall on the same sets of a cache.
@@ -235,7 +246,7 @@ impl Problem<'_> {
             };
             match rows {
                 Rows::Range { start, .. } => {
-                    let part = plan.blocking.store.div_ceil(w.n()).max(1);
+                    let part = plan.part(count, w.n());
                     epilogue.store(cpu, y, (start + first, count, part), (&sums, 0), w.outer(), of_row);
                 }
                 Rows::Slots { .. } => {
@@ -276,7 +287,7 @@ impl Problem<'_> {
     fn load(&self, rows: Rows<'_>, first: usize, a: &mut [f32], stride: usize) -> Quick {
         let Problem { cpu, plan, x, w } = *self;
         let seen = Mutex::new(Range::new(Smallest::BF16));
-        let part = plan.blocking.store.div_ceil(stride).max(1);
+        let part = plan.part(a.len() / stride, stride);
         for_each(cpu.parallelism(), (&mut *a, part * stride), |p, a| {
             let mut range = Range::new(Smallest::BF16);
             for (i, row) in a.chunks_exact_mut(stride).enumerate() {

@@ -1,7 +1,7 @@
 //! Mixture-of-experts matmul: rows sorted by expert, or gathered by router ids.
 #![forbid(unsafe_code)]
 
-use super::driver::{Plan, Problem, Rows};
+use super::driver::{Plan, Problem, Rows, work};
 use super::epilogue::{MatmulOptions, RowEpilogue};
 use super::layout::PackedLayout;
 use super::operand::{Activations, Output};
@@ -116,16 +116,19 @@ impl Cpu<'_> {
             return Err(Error::Value { operand: "expert offsets".into(), at, got: offset.to_string(), needed });
         }
         let layout = w.experts[0].layout();
+        let cpu = &self.for_work(work(x.m(), layout));
         let groups = || offsets.windows(2).map(|range| (range[0] as usize, (range[1] - range[0]) as usize)).enumerate();
         // Loops are cut for the rows that each expert has.
-        let plan = |rows| Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), layout, rows);
+        let plan = |rows| Plan::new(cpu, (x.scale_tile(), x.exact_in_bf16()), layout, rows);
         let floats = scratch(layout, groups().map(|(_, (_, rows))| rows), plan)?;
         let (scratch, _) = workspace.take(floats, 0);
-        for (e, (start, len)) in groups() {
-            let problem = Problem { cpu: self, plan: plan(len)?, x: &x, w: &w.experts[e] };
-            problem.run(Rows::Range { start, len }, &epilogue(options, e, w.n()), &mut y, scratch);
-        }
-        Ok(())
+        cpu.parallelism().enter(|| {
+            for (e, (start, len)) in groups() {
+                let problem = Problem { cpu, plan: plan(len)?, x: &x, w: &w.experts[e] };
+                problem.run(Rows::Range { start, len }, &epilogue(options, e, w.n()), &mut y, scratch);
+            }
+            Ok(())
+        })
     }
 
     /// Matmul gathered by a routing table: slot s = `token * top_k + j` meets expert `ids[s]`, into row s of y
@@ -163,7 +166,8 @@ impl Cpu<'_> {
             return Err(Error::Index { operand: "expert ids".into(), at, got: ids[at].into(), limit: w.len() });
         }
         let layout = w.experts[0].layout();
-        let plan = |rows| Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), layout, rows);
+        let cpu = &self.for_work(work(ids.len(), layout));
+        let plan = |rows| Plan::new(cpu, (x.scale_tile(), x.exact_in_bf16()), layout, rows);
         let indices = ids.len() + w.len() + 1;
         let (slots, ends) = workspace.take(0, indices).1.split_at_mut(ids.len());
         sort_by_expert(ids, slots, ends);
@@ -172,12 +176,14 @@ impl Cpu<'_> {
         // The indices stay where they are: there is room for them already.
         let (scratch, indices) = workspace.take(floats, indices);
         let (slots, ends) = indices.split_at(ids.len());
-        for e in 0..w.len() {
-            let slots = &slots[ends[e]..ends[e + 1]];
-            let problem = Problem { cpu: self, plan: plan(slots.len())?, x: &x, w: &w.experts[e] };
-            problem.run(Rows::Slots { slots, share }, &epilogue(options, e, w.n()), &mut y, scratch);
-        }
-        Ok(())
+        cpu.parallelism().enter(|| {
+            for e in 0..w.len() {
+                let slots = &slots[ends[e]..ends[e + 1]];
+                let problem = Problem { cpu, plan: plan(slots.len())?, x: &x, w: &w.experts[e] };
+                problem.run(Rows::Slots { slots, share }, &epilogue(options, e, w.n()), &mut y, scratch);
+            }
+            Ok(())
+        })
     }
 }
 
