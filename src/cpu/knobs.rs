@@ -40,7 +40,8 @@ pub struct Blocking {
     /// Most rows of x at a time. Default 512: a decoded weight is used 512 times, so decoding costs below 1 %, and sums and rows
     /// of x still fit L2 in blocks.
     pub rows: usize,
-    /// Most sums kept at a time, in f32. Default 2^22: 16 MiB bound the workspace when n is a vocabulary.
+    /// Most f32 of sums and scratch memory at a time. Default 2^22: 16 MiB bound the workspace when n is a vocabulary or experts
+    /// are many.
     pub sums: usize,
     /// Tasks for each thread. Default 4: a slow core then holds up the rest by an eighth of the work, and a fork stays cheap.
     pub tasks: usize,
@@ -70,6 +71,12 @@ impl Blocking {
             store: 1 << 16,
             fork: 1 << 21,
         }
+    }
+
+    /// Rows of so many elements that a thread loads or stores at a time.
+    pub(crate) fn part(&self, rows: usize, elements: usize) -> usize {
+        let parts = rows.saturating_mul(elements) / self.store.max(1);
+        rows.div_ceil(parts.max(1)).max(1)
     }
 
     /// Every field at least 1.

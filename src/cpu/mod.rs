@@ -20,7 +20,7 @@ pub(crate) use isa::AmxToken;
 pub(crate) use parallel::{for_each, for_each_zip};
 pub(crate) use simd::{Fp8Bits, LANES, LINE, STEP, Simd};
 pub(crate) use tier::{Kernel, Tier, amx};
-pub(crate) use workspace::Lines;
+pub(crate) use workspace::{Floats, Lines};
 
 use crate::error::Result;
 

@@ -1,8 +1,9 @@
 //! Dense matmul.
 #![forbid(unsafe_code)]
 
-use super::driver::{Plan, Problem, Rows, work};
-use super::epilogue::{MatmulOptions, RowEpilogue};
+use super::batch::Call;
+use super::driver::Rows;
+use super::epilogue::MatmulOptions;
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
 use crate::cpu::{Cpu, Workspace};
@@ -33,13 +34,9 @@ impl Cpu<'_> {
         if let Some(bias) = options.bias {
             length("bias", bias.len(), w.n())?;
         }
-        let cpu = &self.for_work(work(x.m(), w.layout()));
-        let plan = Plan::new(cpu, (x.scale_tile(), x.exact_in_bf16()), w.layout(), x.m())?;
-        let (scratch, _) = workspace.take(plan.scratch(w.layout(), x.m()), 0);
-        let epilogue = RowEpilogue::new(options, options.bias);
-        let problem = Problem { cpu, plan, x: &x, w };
-        let rows = Rows::Range { start: 0, len: x.m() };
-        cpu.parallelism().enter(|| problem.run(rows, &epilogue, &mut y, scratch));
+        let (ends, layout) = ([0, x.m()], w.layout());
+        let call = Call::new(self, &x, (std::slice::from_ref(w), layout), (&ends, Rows::Each), options)?;
+        call.run(&mut y, workspace.take_indices(0).0);
         Ok(())
     }
 }

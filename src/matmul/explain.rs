@@ -3,7 +3,7 @@
 
 use super::amx;
 use super::coding::with_coding;
-use super::driver::{Plan, work};
+use super::driver::{Plan, tile, work};
 use super::layout::PackedLayout;
 use crate::cpu::{Cpu, Isa};
 use crate::error::Result;
@@ -32,7 +32,7 @@ impl Cpu<'_> {
         super::pack::check_tiles(scheme, k)?;
         let layout = PackedLayout::new(scheme, n, k)?;
         let cpu = self.for_work(work(m, &layout));
-        let plan = Plan::new(&cpu, (None, true), &layout, m)?;
+        let plan = Plan::new(&cpu, (tile(None, scheme, k)?, true), &layout, m, 1);
         let isa = self.isa();
         let mut text = format!("{m} x {n} x {k} (m x n x k), {scheme:?}, on {isa}: {}.\n{layout}.\n", why(isa));
         if m == 0 || n == 0 {
