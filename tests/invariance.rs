@@ -188,7 +188,7 @@ fn experts_on_threads() {
                 let cpu = cpu.with_parallelism(Parallelism::Pool(&pool)).with_blocking(cut);
                 let mut y = vec![0.0f32; ids.len() * n];
                 let (options, ws) = (MatmulOptions::default(), &mut Workspace::new());
-                let mut check = |y: &mut Vec<f32>, slot_at: &dyn Fn(usize) -> usize| {
+                let check = |y: &mut Vec<f32>, slot_at: &dyn Fn(usize) -> usize| {
                     for (at, y) in y.chunks_exact_mut(n).enumerate() {
                         let got: Vec<u32> = y.iter().map(|v| v.to_bits()).collect();
                         assert_eq!(got, alone[slot_at(at)], "{scheme:?} row {at} on {}, {cut:?}", cpu.isa());
