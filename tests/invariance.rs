@@ -27,7 +27,8 @@ fn activations(rng: &mut Rng, len: usize) -> Vec<bf16> {
 
 /// Ways to cut loops: each field small, each field as large as it may be.
 fn cuts() -> Vec<Blocking> {
-    let usual = Blocking::default();
+    // Small matrices fork too.
+    let usual = Blocking { fork: 0, ..Blocking::default() };
     let huge = usize::MAX;
     vec![
         usual,
@@ -50,8 +51,10 @@ fn cuts() -> Vec<Blocking> {
             sums: 0,
             tasks: 0,
             store: 0,
+            fork: 0,
         },
-        Blocking::of(Caches { l1: 0, l2: 0 }),
+        Blocking { fork: 1, ..Blocking::of(Caches { l1: 0, l2: 0 }) },
+        Blocking::default(),
     ]
 }
 
@@ -146,33 +149,53 @@ fn packed_bytes() {
     }
 }
 
-/// Experts on threads: rows sorted or gathered have the bits of each expert's own matmul, on every tier.
+/// Experts on threads: rows sorted or gathered have the bits of each expert's own matmul, on every tier, with few experts and with
+/// more than a batch takes, however loops are cut.
 #[test]
 fn experts_on_threads() {
     let mut rng = Rng(5);
-    let (experts, n, k, tokens, top_k) = (4, 100, 160, 30, 2);
-    for scheme in
-        [Scheme::Mxfp4, Scheme::Nvfp4, Scheme::Fp8Blockwise { element: trn_kernels::num::Fp8::E4M3Fn, n: 128, k: 32 }]
-    {
+    for (scheme, experts, tokens) in [
+        (Scheme::Mxfp4, 4, 30),
+        (Scheme::Mxfp4, 90, 60),
+        (Scheme::Nvfp4, 4, 30),
+        (Scheme::Fp8Blockwise { element: trn_kernels::num::Fp8::E4M3Fn, n: 128, k: 32 }, 4, 30),
+    ] {
+        let (n, k, top_k) = (100, 160, 3);
         let data: Vec<_> = (0..experts).map(|_| RandomMatrix::new(&mut rng, scheme, n, k, 4)).collect();
+        let packed: Vec<_> = data.iter().map(|w| Cpu::detect().pack(&w.view()).unwrap()).collect();
+        let stack = PackedExperts::new(packed.clone()).unwrap();
         let x = activations(&mut rng, tokens * k);
         let ids: Vec<u32> = (0..tokens * top_k).map(|_| rng.below(experts) as u32).collect();
+        let row = |slot: usize| &x[slot / top_k * k..][..k];
+        let alone: Vec<Vec<u32>> =
+            ids.iter().enumerate().map(|(slot, id)| run(Cpu::detect(), row(slot), 1, &packed[*id as usize])).collect();
+        // The same sorted.
+        let mut order: Vec<usize> = (0..ids.len()).collect();
+        order.sort_by_key(|slot| ids[*slot]);
+        let sorted: Vec<bf16> = order.iter().flat_map(|slot| row(*slot)).copied().collect();
+        let offsets: Vec<u32> =
+            (0..=experts).map(|e| ids.iter().filter(|id| (**id as usize) < e).count() as u32).collect();
         for threads in [1, 3, 8] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            for cpu in tiers() {
-                let cpu = cpu.with_parallelism(Parallelism::Pool(&pool));
-                let packed: Vec<_> = data.iter().map(|w| cpu.pack(&w.view()).unwrap()).collect();
-                let stack = PackedExperts::new(packed.clone()).unwrap();
-                let mut y = vec![0.0f32; tokens * top_k * n];
-                let out = MatMut::new(&mut y, tokens * top_k, n).unwrap();
+            for (cpu, cut) in tiers().flat_map(|cpu| cuts().into_iter().map(move |cut| (cpu, cut))) {
+                let cpu = cpu.with_parallelism(Parallelism::Pool(&pool)).with_blocking(cut);
+                let mut y = vec![0.0f32; ids.len() * n];
                 let (options, ws) = (MatmulOptions::default(), &mut Workspace::new());
+                let check = |y: &mut Vec<f32>, slot_at: &dyn Fn(usize) -> usize| {
+                    for (at, y) in y.chunks_exact_mut(n).enumerate() {
+                        let got: Vec<u32> = y.iter().map(|v| v.to_bits()).collect();
+                        assert_eq!(got, alone[slot_at(at)], "{scheme:?} row {at} on {}, {cut:?}", cpu.isa());
+                        y.fill(f32::NAN);
+                    }
+                };
+                let out = MatMut::new(&mut y, ids.len(), n).unwrap();
                 let rows = MatRef::new(&x, tokens, k).unwrap();
                 cpu.gather_matmul(rows, RowSource::Token, &stack, &ids, top_k, out, &options, ws).unwrap();
-                for (slot, id) in ids.iter().enumerate() {
-                    let alone = run(cpu, &x[slot / top_k * k..][..k], 1, &packed[*id as usize]);
-                    let got: Vec<u32> = y[slot * n..][..n].iter().map(|v| v.to_bits()).collect();
-                    assert_eq!(got, alone, "{scheme:?} slot {slot} on {}", cpu.isa());
-                }
+                check(&mut y, &|at| at);
+                let out = MatMut::new(&mut y, ids.len(), n).unwrap();
+                let rows = MatRef::new(&sorted, ids.len(), k).unwrap();
+                cpu.grouped_matmul(rows, &stack, &offsets, out, &options, ws).unwrap();
+                check(&mut y, &|at| order[at]);
             }
         }
     }

@@ -5,11 +5,17 @@ mod random;
 
 use half::{bf16, f16};
 use random::{RandomMatrix, Rng, SCHEMES};
+use trn_kernels::cpu::Blocking;
 use trn_kernels::matmul::oracle::{self, OutputType};
 use trn_kernels::matmul::{Activation, Activations, MatmulOptions, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::num::{Fp8, Real};
 use trn_kernels::quant::{QuantizationError, QuantizedExperts, QuantizedMatrix, Scheme};
 use trn_kernels::{Cpu, Error, MatMut, MatRef, Parallelism, Workspace};
+
+/// Small matrices fork too.
+fn forks() -> Blocking {
+    Blocking { fork: 0, ..Blocking::default() }
+}
 
 fn run(cpu: Cpu<'_>, x: Activations<'_>, w: &PackedMatrix, options: &MatmulOptions<'_>) -> Vec<f32> {
     let (m, n) = (x.m(), w.n());
@@ -228,7 +234,7 @@ fn rows_threads_and_tiers_do_not_change_bits() {
         }
         for threads in 1..=8 {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let cpu = cpu.with_parallelism(Parallelism::Pool(&pool));
+            let cpu = cpu.with_parallelism(Parallelism::Pool(&pool)).with_blocking(forks());
             let packed = cpu.pack(&w.view()).unwrap();
             let y = run(cpu, MatRef::new(&x, m, k).unwrap().into(), &packed, &options);
             assert_eq!(bits(&y), bits(&whole), "{scheme:?} on {threads} threads");
@@ -281,7 +287,7 @@ fn experts_give_the_bits_of_dense() {
         let data: Vec<_> = (0..experts).map(|_| RandomMatrix::new(&mut rng, scheme, n, k, 4)).collect();
         let stack = QuantizedExperts::new(data.iter().map(RandomMatrix::view).collect()).unwrap();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-        let cpu = Cpu::detect().with_parallelism(Parallelism::Pool(&pool));
+        let cpu = Cpu::detect().with_parallelism(Parallelism::Pool(&pool)).with_blocking(forks());
         let packed = cpu.pack_experts(&stack).unwrap();
         let bias: Vec<f32> = (0..experts * n).map(|_| rng.normal()).collect();
         let options = MatmulOptions { bias: Some(&bias), ..Default::default() };

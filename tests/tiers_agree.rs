@@ -26,6 +26,7 @@ const TINY: Blocking = Blocking {
     sums: 16 * 16 * 4,
     tasks: 3,
     store: 64,
+    fork: 0,
 };
 
 /// The same with blocks of rows that AMX's two rows of tiles do not divide.

@@ -40,12 +40,17 @@ pub struct Blocking {
     /// Most rows of x at a time. Default 512: a decoded weight is used 512 times, so decoding costs below 1 %, and sums and rows
     /// of x still fit L2 in blocks.
     pub rows: usize,
-    /// Most sums kept at a time, in f32. Default 2^22: 16 MiB bound the workspace when n is a vocabulary.
+    /// Most f32 of sums and scratch memory at a time. Default 2^22: 16 MiB bound the workspace when n is a vocabulary or experts
+    /// are many.
     pub sums: usize,
     /// Tasks for each thread. Default 4: a slow core then holds up the rest by an eighth of the work, and a fork stays cheap.
     pub tasks: usize,
-    /// Outputs below which rows are stored by the calling thread alone. Default 65536: they take what a fork costs, 10 to 30 us.
+    /// Elements of x or y that a thread loads or stores at a time, at least a row. Default 65536: they take what a fork costs, 10
+    /// to 30 us.
     pub store: usize,
+    /// Multiply-adds below which the calling thread does not fork. Default 2^21: they take about 30 us, what
+    /// a fork costs.
+    pub fork: usize,
 }
 
 impl Blocking {
@@ -64,7 +69,14 @@ impl Blocking {
             sums: 1 << 22,
             tasks: 4,
             store: 1 << 16,
+            fork: 1 << 21,
         }
+    }
+
+    /// Rows of so many elements that a thread loads or stores at a time.
+    pub(crate) fn part(&self, rows: usize, elements: usize) -> usize {
+        let parts = rows.saturating_mul(elements) / self.store.max(1);
+        rows.div_ceil(parts.max(1)).max(1)
     }
 
     /// Every field at least 1.
@@ -80,6 +92,7 @@ impl Blocking {
             sums: self.sums.max(1),
             tasks: self.tasks.max(1),
             store: self.store,
+            fork: self.fork,
         }
     }
 }

@@ -20,7 +20,7 @@ pub(crate) use isa::AmxToken;
 pub(crate) use parallel::{for_each, for_each_zip};
 pub(crate) use simd::{Fp8Bits, LANES, LINE, STEP, Simd};
 pub(crate) use tier::{Kernel, Tier, amx};
-pub(crate) use workspace::Lines;
+pub(crate) use workspace::{Floats, Lines};
 
 use crate::error::Result;
 
@@ -104,6 +104,11 @@ impl<'pool> Cpu<'pool> {
     /// How loops are cut.
     pub fn blocking(&self) -> Blocking {
         self.blocking
+    }
+
+    /// The same, but serial if so many multiply-adds are too few for a fork.
+    pub(crate) fn for_work(self, multiply_adds: usize) -> Self {
+        if multiply_adds < self.blocking.fork { Cpu { parallelism: Parallelism::Serial, ..self } } else { self }
     }
 
     pub(crate) fn tier(&self) -> Tier {

@@ -41,9 +41,21 @@ impl Parallelism<'_> {
             Parallelism::Never(never, _) => match *never {},
         }
     }
+
+    /// Runs `f` on a thread of the pool: from there a fork wakes the other threads only.
+    pub(crate) fn enter<R: Send>(self, f: impl FnOnce() -> R + Send) -> R {
+        match self {
+            #[cfg(feature = "rayon")]
+            Parallelism::Pool(pool) => pool.install(f),
+            #[cfg(feature = "rayon")]
+            Parallelism::CurrentPool => rayon::scope(|_| f()),
+            _ => f(),
+        }
+    }
 }
 
-/// Runs `f(i, a_i, b_i)` for the i-th chunk of `a` and of `b`, in any order, on the given threads.
+/// Runs `f(i, a_i, b_i)` for the i-th chunk of `a` and of `b`, in any order, on the given threads; a single chunk on the calling
+/// one.
 pub(crate) fn for_each_zip<A: Send, B: Send>(
     parallelism: Parallelism<'_>,
     (a, a_chunk): (&mut [A], usize),
@@ -54,15 +66,11 @@ pub(crate) fn for_each_zip<A: Send, B: Send>(
     #[cfg(feature = "rayon")]
     {
         use rayon::prelude::*;
-        if parallelism.threads() > 1 {
-            let mut run = || {
+        if parallelism.threads() > 1 && a.len() > a_chunk && b.len() > b_chunk {
+            return parallelism.enter(|| {
                 let pairs = a.par_chunks_mut(a_chunk).zip(b.par_chunks_mut(b_chunk));
                 pairs.enumerate().for_each(|(i, (a, b))| f(i, a, b));
-            };
-            return match parallelism {
-                Parallelism::Pool(pool) => pool.install(run),
-                _ => run(),
-            };
+            });
         }
     }
     let _ = parallelism;

@@ -8,32 +8,49 @@ use crate::error::{Error, Result};
 /// needed and then stays, so that repeated calls allocate nothing.
 #[derive(Debug, Default)]
 pub struct Workspace {
-    floats: Vec<f32>,
+    floats: Floats,
     indices: Vec<usize>,
 }
 
 impl Workspace {
     /// Empty; grows on first use.
     pub const fn new() -> Self {
-        Workspace { floats: Vec::new(), indices: Vec::new() }
+        Workspace { floats: Floats(Vec::new()), indices: Vec::new() }
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.floats.capacity() * size_of::<f32>() + self.indices.capacity() * size_of::<usize>()
+        self.floats.0.capacity() * size_of::<f32>() + self.indices.capacity() * size_of::<usize>()
     }
 
     /// `floats` and `indices` elements of scratch with arbitrary contents. The floats begin at a cache line.
     pub(crate) fn take(&mut self, floats: usize, indices: usize) -> (&mut [f32], &mut [usize]) {
-        let room = floats + LINE / size_of::<f32>();
-        if self.floats.len() < room {
-            self.floats.resize(room, 0.0);
-        }
+        let (rest, indices) = self.take_indices(indices);
+        (rest.take(floats), indices)
+    }
+
+    /// `indices` elements of scratch with arbitrary contents, and where to take floats from when their number is known.
+    pub(crate) fn take_indices(&mut self, indices: usize) -> (&mut Floats, &mut [usize]) {
         if self.indices.len() < indices {
             self.indices.resize(indices, 0);
         }
-        let skip = self.floats.as_ptr().align_offset(LINE).min(room - floats);
-        (&mut self.floats[skip..skip + floats], &mut self.indices[..indices])
+        (&mut self.floats, &mut self.indices[..indices])
+    }
+}
+
+/// The f32 of a [`Workspace`].
+#[derive(Debug, Default)]
+pub(crate) struct Floats(Vec<f32>);
+
+impl Floats {
+    /// So many, with arbitrary contents, from a cache line on.
+    pub(crate) fn take(&mut self, floats: usize) -> &mut [f32] {
+        let room = floats + LINE / size_of::<f32>();
+        if self.0.len() < room {
+            self.0.resize(room, 0.0);
+        }
+        let skip = self.0.as_ptr().align_offset(LINE).min(room - floats);
+        &mut self.0[skip..skip + floats]
     }
 }
 

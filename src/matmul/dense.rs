@@ -1,8 +1,9 @@
 //! Dense matmul.
 #![forbid(unsafe_code)]
 
-use super::driver::{Plan, Problem, Rows};
-use super::epilogue::{MatmulOptions, RowEpilogue};
+use super::batch::Call;
+use super::driver::Rows;
+use super::epilogue::MatmulOptions;
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
 use crate::cpu::{Cpu, Workspace};
@@ -33,10 +34,9 @@ impl Cpu<'_> {
         if let Some(bias) = options.bias {
             length("bias", bias.len(), w.n())?;
         }
-        let plan = Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), w.layout(), x.m())?;
-        let (scratch, _) = workspace.take(plan.scratch(w.layout(), x.m()), 0);
-        let epilogue = RowEpilogue::new(options, options.bias);
-        Problem { cpu: self, plan, x: &x, w }.run(Rows::Range { start: 0, len: x.m() }, &epilogue, &mut y, scratch);
+        let (ends, layout) = ([0, x.m()], w.layout());
+        let call = Call::new(self, &x, (std::slice::from_ref(w), layout), (&ends, Rows::Each), options)?;
+        call.run(&mut y, workspace.take_indices(0).0);
         Ok(())
     }
 }

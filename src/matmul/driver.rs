@@ -4,46 +4,48 @@
 use super::amx;
 use super::coding::{Coding, with_coding};
 use super::decode::Decode;
-use super::epilogue::{RowEpilogue, Sums};
 use super::layout::PackedLayout;
-use super::operand::{Activations, Output};
+use super::operand::Activations;
 use super::packed::{Facts, PackedMatrix, code_range};
 use super::prefill::Prefill;
 use super::tiles::Tiles;
-use crate::cpu::{AmxToken, Blocking, Cpu, LANES, LINE, Range, STEP, Smallest, flush_free, for_each, for_each_zip};
+use crate::cpu::{AmxToken, Blocking, Cpu, LANES, LINE, Range, STEP, Smallest, flush_free, for_each};
 use crate::error::{Error, Result};
 use crate::quant::Scheme;
 use bytemuck::{cast_slice, cast_slice_mut};
 use std::sync::Mutex;
 
-/// Which rows of x make which rows of y.
+/// Which rows of x make which rows of y, position by position of the order in which they are computed.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Rows<'a> {
-    /// Rows `start..start + len`, each to itself.
-    Range { start: usize, len: usize },
-    /// Row `slot / share` of x to row `slot` of y.
-    Slots { slots: &'a [usize], share: usize },
+    /// Row p at position p.
+    Each,
+    /// Row `slots[p] / share` of x to row `slots[p]` of y at position p; row s of y is at position `positions[s]`.
+    Slots { slots: &'a [usize], positions: &'a [usize], share: usize },
 }
 
 impl Rows<'_> {
-    fn len(&self) -> usize {
+    /// The row of x at a position.
+    pub(super) fn source(&self, position: usize) -> usize {
         match self {
-            Rows::Range { len, .. } => *len,
-            Rows::Slots { slots, .. } => slots.len(),
+            Rows::Each => position,
+            Rows::Slots { slots, share, .. } => slots[position] / share,
         }
     }
 
-    pub(super) fn source(&self, i: usize) -> usize {
+    /// The position of a row of y.
+    pub(super) fn position(&self, row: usize) -> usize {
         match self {
-            Rows::Range { start, .. } => start + i,
-            Rows::Slots { slots, share } => slots[i] / share,
+            Rows::Each => row,
+            Rows::Slots { positions, .. } => positions[row],
         }
     }
 
-    fn destination(&self, i: usize) -> usize {
+    /// Rows of y among which are those at the given positions.
+    pub(super) fn destinations(&self, positions: std::ops::Range<usize>) -> std::ops::Range<usize> {
         match self {
-            Rows::Range { start, .. } => start + i,
-            Rows::Slots { slots, .. } => slots[i],
+            Rows::Each => positions,
+            Rows::Slots { slots, .. } => 0..slots.len(),
         }
     }
 }
@@ -73,7 +75,7 @@ pub(super) struct Plan {
 ///
 /// # Errors
 /// [`Error::Unsupported`] if the tiles of both operands do not nest or do not fall on steps.
-fn tile(of_x: Option<usize>, scheme: Scheme, k: usize) -> Result<Option<usize>> {
+pub(super) fn tile(of_x: Option<usize>, scheme: Scheme, k: usize) -> Result<Option<usize>> {
     let of_weights = match scheme {
         Scheme::Fp8Blockwise { k, .. } => Some(k),
         _ => None,
@@ -96,17 +98,15 @@ fn refused(what: String) -> Error {
 }
 
 impl Plan {
-    /// For at most `m` rows of x, which bf16 holds exactly or not, with f32 scales that change every `of_x` along k.
-    ///
-    /// # Errors
-    /// As [`tile`].
+    /// For at most `m` rows of x, which bf16 holds exactly or not, with f32 scales that change every `tile` along k; so many
+    /// problems like this are computed together.
     pub(super) fn new(
         cpu: &Cpu<'_>,
-        (of_x, in_bf16): (Option<usize>, bool),
+        (tile, in_bf16): (Option<usize>, bool),
         w: &PackedLayout,
         m: usize,
-    ) -> Result<Plan> {
-        let tile = tile(of_x, w.scheme(), w.k())?;
+        together: usize,
+    ) -> Plan {
         let amx = cpu.tier().amx().filter(|_| in_bf16 && amx::takes(tile, w.k()));
         let (block, decode_rows) = cpu.tier().block();
         let (blocking, panels, threads) = (cpu.blocking(), w.panels().max(1), cpu.parallelism().threads().max(1));
@@ -119,31 +119,25 @@ impl Plan {
             None => block.1,
         };
         let row_unit = if amx.is_some() { amx::BLOCK_ROWS } else { block.0 };
+        // A problem among others is cut for fewer threads, but for two: the last tasks of all are then short.
+        let threads = threads.div_ceil(together.max(1)).max(threads.min(2));
         let wanted = if threads == 1 { 1 } else { threads.saturating_mul(blocking.tasks) };
-        let together = panels.div_ceil(wanted).checked_next_multiple_of(unit).unwrap_or(panels);
-        let task_panels = if panels.div_ceil(together) >= threads { together } else { panels.div_ceil(threads) };
+        let walked = panels.div_ceil(wanted).checked_next_multiple_of(unit).unwrap_or(panels);
+        let task_panels = if panels.div_ceil(walked) >= threads { walked } else { panels.div_ceil(threads) };
         let panel_tasks = panels.div_ceil(task_panels);
         // Few panels and many rows: rows are split too.
         let row_tasks = if panel_tasks >= threads { 1 } else { wanted.div_ceil(panel_tasks) };
         let task_rows = rows.div_ceil(row_tasks).next_multiple_of(if row_tasks == 1 { 1 } else { row_unit });
         let row_tasks = rows.div_ceil(task_rows);
-        Ok(Plan { rows, task_panels, task_rows, panel_tasks, row_tasks, amx, decode_rows, block, tile, blocking })
+        Plan { rows, task_panels, task_rows, panel_tasks, row_tasks, amx, decode_rows, block, tile, blocking }
     }
 
-    /// f32 of scratch that [`Problem::run`] needs.
-    pub(super) fn scratch(&self, w: &PackedLayout, m: usize) -> usize {
-        if w.n() == 0 || m == 0 {
-            return 0;
-        }
-        self.rows * stride(w) + self.tasks() * (self.task_sums() + self.task_scratch(w))
-    }
-
-    fn tasks(&self) -> usize {
+    pub(super) fn tasks(&self) -> usize {
         self.panel_tasks * self.row_tasks
     }
 
     /// f32 of a task's sums, `[panel][row][LANES]`.
-    fn task_sums(&self) -> usize {
+    pub(super) fn task_sums(&self) -> usize {
         self.task_panels * self.task_rows * LANES
     }
 
@@ -153,7 +147,7 @@ impl Plan {
     }
 
     /// Decoded weights, and partial sums between f32 scales.
-    fn task_scratch(&self, w: &PackedLayout) -> usize {
+    pub(super) fn task_scratch(&self, w: &PackedLayout) -> usize {
         let part = (self.blocking.streams * self.decode_rows).max(self.block.1 * self.task_rows);
         let any = self.chunk() + if self.tile.is_some() { part * LANES } else { 0 };
         let amx = self.amx.map_or(0, |_| amx::scratch(&self.blocking, self.tile, w, self.task_rows));
@@ -161,8 +155,13 @@ impl Plan {
     }
 }
 
+/// Multiply-adds of so many rows with weights: what is worth a fork or not.
+pub(super) fn work(rows: usize, w: &PackedLayout) -> usize {
+    rows.saturating_mul(w.n()).saturating_mul(w.k())
+}
+
 /// f32 from one loaded row of x to the next: a line more than k needs, so that rows do not fall on the same sets of a cache.
-fn stride(w: &PackedLayout) -> usize {
+pub(super) fn stride(w: &PackedLayout) -> usize {
     w.steps() * STEP + LINE / size_of::<f32>()
 }
 
@@ -206,49 +205,6 @@ impl Quick {
 }
 
 impl Problem<'_> {
-    /// Computes the given rows of y. `scratch` holds [`Plan::scratch`].
-    pub(super) fn run(&self, rows: Rows<'_>, epilogue: &RowEpilogue<'_>, y: &mut Output<'_>, scratch: &mut [f32]) {
-        let Problem { cpu, plan, x, w } = *self;
-        if w.n() == 0 || rows.len() == 0 {
-            return;
-        }
-        let stride = stride(&w.layout);
-        let (a, scratch) = scratch.split_at_mut(plan.rows * stride);
-        let (sums, scratch) = scratch.split_at_mut(plan.tasks() * plan.task_sums());
-        let scratch = &mut scratch[..plan.tasks() * plan.task_scratch(&w.layout)];
-        let mut first = 0;
-        while first < rows.len() {
-            let count = plan.rows.min(rows.len() - first);
-            let a = &mut a[..count * stride];
-            let amx = plan.amx.filter(|_| self.load_tiles(rows, first, count, a));
-            let quick = if amx.is_some() { Quick::NOTHING } else { self.load(rows, first, a, stride) };
-            let block = Block { problem: *self, rows, first, count, a, stride, amx, quick };
-            let (task, task_scratch) = (plan.task_sums(), plan.task_scratch(&w.layout));
-            for_each_zip(cpu.parallelism(), (&mut *sums, task), (&mut *scratch, task_scratch), |t, sums, scratch| {
-                block.task(t, sums, scratch);
-            });
-            let Plan { row_tasks, task_rows, task_panels, .. } = plan;
-            let sums = Sums { sums, task, rows: count, row_tasks, task_rows, task_panels };
-            let of_row = |i: usize| match x.scale_tile() {
-                Some(_) => 1.0,
-                None => x.outer_scale(rows.source(first + i), 0),
-            };
-            match rows {
-                Rows::Range { start, .. } => {
-                    let part = plan.blocking.store.div_ceil(w.n()).max(1);
-                    epilogue.store(cpu, y, (start + first, count, part), (&sums, 0), w.outer(), of_row);
-                }
-                Rows::Slots { .. } => {
-                    for i in 0..count {
-                        let at = rows.destination(first + i);
-                        epilogue.store(cpu, y, (at, 1, 1), (&sums, i), w.outer(), of_row);
-                    }
-                }
-            }
-            first += count;
-        }
-    }
-
     /// Loads rows of x as tiles of bf16 to the beginning of `a`, if weights and rows are what tiles take.
     fn load_tiles(&self, rows: Rows<'_>, first: usize, count: usize, a: &mut [f32]) -> bool {
         let Problem { cpu, plan, x, w } = *self;
@@ -276,7 +232,7 @@ impl Problem<'_> {
     fn load(&self, rows: Rows<'_>, first: usize, a: &mut [f32], stride: usize) -> Quick {
         let Problem { cpu, plan, x, w } = *self;
         let seen = Mutex::new(Range::new(Smallest::BF16));
-        let part = plan.blocking.store.div_ceil(stride).max(1);
+        let part = plan.blocking.part(a.len() / stride, stride);
         for_each(cpu.parallelism(), (&mut *a, part * stride), |p, a| {
             let mut range = Range::new(Smallest::BF16);
             for (i, row) in a.chunks_exact_mut(stride).enumerate() {
@@ -304,22 +260,56 @@ impl Plan {
 }
 
 /// A block of rows against all panels.
-#[derive(Clone, Copy)]
-struct Block<'a> {
+pub(super) struct Block<'a> {
     problem: Problem<'a>,
     rows: Rows<'a>,
     first: usize,
     count: usize,
-    /// Rows of x: as tiles of bf16 with `amx`, as f32 `stride` apart without.
-    a: &'a [f32],
-    stride: usize,
+    /// Rows of x: as tiles of bf16 with `amx`, as f32 [`stride`] apart without.
+    a: &'a mut [f32],
     amx: Option<AmxToken>,
     quick: Quick,
 }
 
-impl Block<'_> {
-    fn task(&self, task: usize, sums: &mut [f32], scratch: &mut [f32]) {
-        let Block { problem: Problem { cpu, plan, x, w }, rows, count, stride, amx, quick, .. } = *self;
+impl<'a> Block<'a> {
+    /// The rows at `count` positions from `first` on, loaded to `a`.
+    pub(super) fn new(
+        problem: Problem<'a>,
+        rows: Rows<'a>,
+        (first, count): (usize, usize),
+        a: &'a mut [f32],
+    ) -> Block<'a> {
+        Block { problem, rows, first, count, a, amx: None, quick: Quick::NOTHING }
+    }
+
+    pub(super) fn positions(&self) -> std::ops::Range<usize> {
+        self.first..self.first + self.count
+    }
+
+    pub(super) fn plan(&self) -> &Plan {
+        &self.problem.plan
+    }
+
+    /// The f32 scale of the row at a position, if that does not change along k.
+    pub(super) fn outer_scale(&self, position: usize) -> f32 {
+        match self.problem.x.scale_tile() {
+            Some(_) => 1.0,
+            None => self.problem.x.outer_scale(self.rows.source(position), 0),
+        }
+    }
+
+    pub(super) fn load(&mut self) {
+        let Block { problem, rows, first, count, ref mut a, .. } = *self;
+        self.amx = problem.plan.amx.filter(|_| problem.load_tiles(rows, first, count, a));
+        if self.amx.is_none() {
+            self.quick = problem.load(rows, first, a, stride(&problem.w.layout));
+        }
+    }
+
+    /// The sums of a task, `[panel][row][LANES]`.
+    pub(super) fn task(&self, task: usize, sums: &mut [f32], scratch: &mut [f32]) {
+        let Block { problem: Problem { cpu, plan, x, w }, rows, count, amx, quick, .. } = *self;
+        let stride = stride(&w.layout);
         let first_panel = task / plan.row_tasks * plan.task_panels;
         let first_row = task % plan.row_tasks * plan.task_rows;
         // The last block of rows may leave tasks without any.

@@ -1,11 +1,13 @@
 //! What happens to a sum before it is stored.
 #![forbid(unsafe_code)]
 
+use super::driver::{Block, Plan};
 use super::operand::Output;
 use super::packed::Outer;
 use crate::cpu::{Cpu, Kernel, LANES, Simd, for_each};
 use crate::num::{Real, math, rounded};
 use crate::view::MatMut;
+use std::ops::Range;
 
 /// Element-wise function applied last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -74,19 +76,24 @@ pub(super) struct RowEpilogue<'a> {
     bias: Option<&'a [f32]>,
 }
 
-/// Sums as tasks leave them: for each task `task` f32, `[panel][row][LANES]`.
+/// Sums of a block as its tasks leave them: for each task `task` f32, `[panel][row][LANES]`.
 #[derive(Clone, Copy)]
 pub(super) struct Sums<'a> {
-    pub(super) sums: &'a [f32],
-    pub(super) task: usize,
+    sums: &'a [f32],
+    task: usize,
     /// Rows of all tasks side by side, how many tasks that are, and rows and panels of one.
-    pub(super) rows: usize,
-    pub(super) row_tasks: usize,
-    pub(super) task_rows: usize,
-    pub(super) task_panels: usize,
+    rows: usize,
+    row_tasks: usize,
+    task_rows: usize,
+    task_panels: usize,
 }
 
-impl Sums<'_> {
+impl<'a> Sums<'a> {
+    pub(super) fn new(sums: &'a [f32], task: usize, block: &Block<'_>) -> Self {
+        let Plan { row_tasks, task_rows, task_panels, .. } = *block.plan();
+        Sums { sums, task, rows: block.positions().len(), row_tasks, task_rows, task_panels }
+    }
+
     /// Sums of row i with a panel.
     #[inline(always)]
     fn get(&self, i: usize, panel: usize) -> &[f32; LANES] {
@@ -102,55 +109,54 @@ impl<'a> RowEpilogue<'a> {
     pub(super) fn new(options: &MatmulOptions<'a>, bias: Option<&'a [f32]>) -> Self {
         RowEpilogue { alpha: options.alpha, accumulate: options.accumulate, activation: options.activation, bias }
     }
+}
 
-    /// Stores rows `first..first + count` of `y` from rows `i..` of `sums`, `part` rows at a time in parallel. `outer` holds the
-    /// weights' f32 scales, `of_row(i)` is the activations' of row i.
-    pub(super) fn store(
-        &self,
-        cpu: &Cpu<'_>,
-        y: &mut Output<'_>,
-        rows: (usize, usize, usize),
-        sums: (&Sums<'_>, usize),
-        outer: &Outer,
-        of_row: impl Fn(usize) -> f32 + Sync,
-    ) {
-        match y {
-            Output::F32(y) => self.store_as(cpu, y, rows, sums, outer, of_row),
-            Output::Bf16(y) => self.store_as(cpu, y, rows, sums, outer, of_row),
-            Output::F16(y) => self.store_as(cpu, y, rows, sums, outer, of_row),
-        }
+/// What a row of y is made of.
+pub(super) struct FinishRow<'a> {
+    pub(super) epilogue: RowEpilogue<'a>,
+    /// Row i of these.
+    pub(super) sums: Sums<'a>,
+    pub(super) i: usize,
+    /// The f32 scale of the row of x, and those of the weights.
+    pub(super) of_row: f32,
+    pub(super) outer: &'a Outer,
+}
+
+/// Stores those of the given rows of `y` that `of(row)` knows, `part` rows at a time in parallel.
+pub(super) fn store<'a>(
+    cpu: &Cpu<'_>,
+    y: &mut Output<'_>,
+    rows: (Range<usize>, usize),
+    of: impl Fn(usize) -> Option<FinishRow<'a>> + Sync,
+) {
+    match y {
+        Output::F32(y) => store_as(cpu, y, rows, of),
+        Output::Bf16(y) => store_as(cpu, y, rows, of),
+        Output::F16(y) => store_as(cpu, y, rows, of),
     }
+}
 
-    fn store_as<T: Real>(
-        &self,
-        cpu: &Cpu<'_>,
-        y: &mut MatMut<'_, T>,
-        (first, count, part): (usize, usize, usize),
-        (sums, i): (&Sums<'_>, usize),
-        outer: &Outer,
-        of_row: impl Fn(usize) -> f32 + Sync,
-    ) {
-        // The stride of a single row means nothing and may be smaller than the row.
-        let (n, stride) = (y.cols(), if y.rows() == 1 { y.cols() } else { y.row_stride() });
-        let Some(data) = y.data_mut().get_mut(first * stride..(first + count - 1) * stride + n) else { return };
-        for_each(cpu.parallelism(), (data, part * stride), |p, data| {
-            for (row, y) in data.chunks_mut(stride).enumerate() {
-                let i = i + p * part + row;
-                if let Some(y) = y.get_mut(..n) {
-                    cpu.tier().run(StoreRow { epilogue: *self, sums: *sums, i, of_row: of_row(i), outer, y });
-                }
+fn store_as<'a, T: Real>(
+    cpu: &Cpu<'_>,
+    y: &mut MatMut<'_, T>,
+    (rows, part): (Range<usize>, usize),
+    of: impl Fn(usize) -> Option<FinishRow<'a>> + Sync,
+) {
+    // The stride of a single row means nothing and may be smaller than the row.
+    let (n, stride) = (y.cols(), if y.rows() == 1 { y.cols() } else { y.row_stride() });
+    let Some(data) = y.data_mut().get_mut(rows.start * stride..(rows.end - 1) * stride + n) else { return };
+    for_each(cpu.parallelism(), (data, part * stride), |p, data| {
+        for (i, y) in data.chunks_mut(stride).enumerate() {
+            if let (Some(row), Some(y)) = (of(rows.start + p * part + i), y.get_mut(..n)) {
+                cpu.tier().run(StoreRow { row, y });
             }
-        });
-    }
+        }
+    });
 }
 
 /// Scales, finishes and rounds one row.
 struct StoreRow<'a, T> {
-    epilogue: RowEpilogue<'a>,
-    sums: Sums<'a>,
-    i: usize,
-    of_row: f32,
-    outer: &'a Outer,
+    row: FinishRow<'a>,
     y: &'a mut [T],
 }
 
@@ -158,7 +164,7 @@ impl<T: Real> Kernel for StoreRow<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         // One loop for each activation: none of them asks in the inner loop.
-        match self.epilogue.activation {
+        match self.row.epilogue.activation {
             Activation::None => self.finish(|v| v),
             Activation::Relu => self.finish(|v| Activation::Relu.apply(v)),
             Activation::Silu => self.finish(|v| Activation::Silu.apply(v)),
@@ -170,16 +176,17 @@ impl<T: Real> Kernel for StoreRow<'_, T> {
 impl<T: Real> StoreRow<'_, T> {
     #[inline(always)]
     fn finish(self, activation: impl Fn(f32) -> f32) {
-        let RowEpilogue { alpha, accumulate, bias, .. } = self.epilogue;
+        let FinishRow { epilogue, sums, i, of_row, outer } = self.row;
+        let RowEpilogue { alpha, accumulate, bias, .. } = epilogue;
         for (panel, y) in self.y.chunks_mut(LANES).enumerate() {
-            let mut v = *self.sums.get(self.i, panel);
+            let mut v = *sums.get(i, panel);
             let at = panel * LANES;
-            match self.outer {
+            match outer {
                 Outer::Tensor(scale) => v.iter_mut().for_each(|v| *v *= scale),
                 Outer::Channel(scales) => v.iter_mut().zip(&scales[at..]).for_each(|(v, scale)| *v *= scale),
                 Outer::Tiles { .. } => {}
             }
-            v.iter_mut().for_each(|v| *v = alpha * (*v * self.of_row));
+            v.iter_mut().for_each(|v| *v = alpha * (*v * of_row));
             if let Some(bias) = bias {
                 v.iter_mut().zip(&bias[at..]).for_each(|(v, bias)| *v += bias);
             }

@@ -1,8 +1,9 @@
 //! Mixture-of-experts matmul: rows sorted by expert, or gathered by router ids.
 #![forbid(unsafe_code)]
 
-use super::driver::{Plan, Problem, Rows};
-use super::epilogue::{MatmulOptions, RowEpilogue};
+use super::batch::Call;
+use super::driver::Rows;
+use super::epilogue::MatmulOptions;
 use super::layout::PackedLayout;
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
@@ -56,6 +57,10 @@ impl PackedExperts {
     /// Columns (contraction axis) of each expert.
     pub fn k(&self) -> usize {
         self.experts[0].k()
+    }
+
+    fn parts(&self) -> (&[PackedMatrix], &PackedLayout) {
+        (&self.experts, self.experts[0].layout())
     }
 
     /// Bytes held.
@@ -115,16 +120,11 @@ impl Cpu<'_> {
             };
             return Err(Error::Value { operand: "expert offsets".into(), at, got: offset.to_string(), needed });
         }
-        let layout = w.experts[0].layout();
-        let groups = || offsets.windows(2).map(|range| (range[0] as usize, (range[1] - range[0]) as usize)).enumerate();
-        // Loops are cut for the rows that each expert has.
-        let plan = |rows| Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), layout, rows);
-        let floats = scratch(layout, groups().map(|(_, (_, rows))| rows), plan)?;
-        let (scratch, _) = workspace.take(floats, 0);
-        for (e, (start, len)) in groups() {
-            let problem = Problem { cpu: self, plan: plan(len)?, x: &x, w: &w.experts[e] };
-            problem.run(Rows::Range { start, len }, &epilogue(options, e, w.n()), &mut y, scratch);
+        let (floats, ends) = workspace.take_indices(w.len() + 1);
+        for (end, offset) in ends.iter_mut().zip(offsets) {
+            *end = *offset as usize;
         }
+        Call::new(self, &x, w.parts(), (ends, Rows::Each), options)?.run(&mut y, floats);
         Ok(())
     }
 
@@ -162,21 +162,12 @@ impl Cpu<'_> {
         if let Some(at) = ids.iter().position(|id| *id as usize >= w.len()) {
             return Err(Error::Index { operand: "expert ids".into(), at, got: ids[at].into(), limit: w.len() });
         }
-        let layout = w.experts[0].layout();
-        let plan = |rows| Plan::new(self, (x.scale_tile(), x.exact_in_bf16()), layout, rows);
-        let indices = ids.len() + w.len() + 1;
-        let (slots, ends) = workspace.take(0, indices).1.split_at_mut(ids.len());
-        sort_by_expert(ids, slots, ends);
-        let counts = ends.windows(2).map(|ends| ends[1] - ends[0]);
-        let floats = scratch(layout, counts, plan)?;
-        // The indices stay where they are: there is room for them already.
-        let (scratch, indices) = workspace.take(floats, indices);
-        let (slots, ends) = indices.split_at(ids.len());
-        for e in 0..w.len() {
-            let slots = &slots[ends[e]..ends[e + 1]];
-            let problem = Problem { cpu: self, plan: plan(slots.len())?, x: &x, w: &w.experts[e] };
-            problem.run(Rows::Slots { slots, share }, &epilogue(options, e, w.n()), &mut y, scratch);
-        }
+        let (floats, indices) = workspace.take_indices(2 * ids.len() + w.len() + 1);
+        let (slots, rest) = indices.split_at_mut(ids.len());
+        let (positions, ends) = rest.split_at_mut(ids.len());
+        sort_by_expert(ids, slots, positions, ends);
+        let rows = Rows::Slots { slots, positions, share };
+        Call::new(self, &x, w.parts(), (ends, rows), options)?.run(&mut y, floats);
         Ok(())
     }
 }
@@ -197,25 +188,9 @@ fn check(
     }
 }
 
-/// Most scratch that any expert's plan needs.
-fn scratch(
-    layout: &PackedLayout,
-    rows: impl Iterator<Item = usize>,
-    plan: impl Fn(usize) -> Result<Plan>,
-) -> Result<usize> {
-    let mut most = 0;
-    for rows in rows {
-        most = most.max(plan(rows)?.scratch(layout, rows));
-    }
-    Ok(most)
-}
-
-fn epilogue<'a>(options: &MatmulOptions<'a>, expert: usize, n: usize) -> RowEpilogue<'a> {
-    RowEpilogue::new(options, options.bias.map(|bias| &bias[expert * n..(expert + 1) * n]))
-}
-
-/// Counting sort: `slots` lists the slots of expert 0, then of expert 1...; expert e's are `ends[e]..ends[e + 1]`.
-fn sort_by_expert(ids: &[u32], slots: &mut [usize], ends: &mut [usize]) {
+/// Counting sort: `slots` lists the slots of expert 0, then of expert 1...; expert e's are `ends[e]..ends[e + 1]`; slot s is at
+/// `positions[s]`.
+fn sort_by_expert(ids: &[u32], slots: &mut [usize], positions: &mut [usize], ends: &mut [usize]) {
     ends.fill(0);
     for &id in ids {
         ends[id as usize + 1] += 1;
@@ -223,8 +198,9 @@ fn sort_by_expert(ids: &[u32], slots: &mut [usize], ends: &mut [usize]) {
     for e in 1..ends.len() {
         ends[e] += ends[e - 1];
     }
-    for (slot, &id) in ids.iter().enumerate() {
-        slots[ends[id as usize]] = slot;
+    for (slot, (&id, position)) in ids.iter().zip(positions).enumerate() {
+        *position = ends[id as usize];
+        slots[*position] = slot;
         ends[id as usize] += 1;
     }
     // Each start has moved to its end: shift back.

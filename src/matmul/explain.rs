@@ -3,7 +3,7 @@
 
 use super::amx;
 use super::coding::with_coding;
-use super::driver::Plan;
+use super::driver::{Plan, tile, work};
 use super::layout::PackedLayout;
 use crate::cpu::{Cpu, Isa};
 use crate::error::Result;
@@ -31,7 +31,8 @@ impl Cpu<'_> {
         let MatmulProblem { scheme, m, n, k } = *problem;
         super::pack::check_tiles(scheme, k)?;
         let layout = PackedLayout::new(scheme, n, k)?;
-        let plan = Plan::new(self, (None, true), &layout, m)?;
+        let cpu = self.for_work(work(m, &layout));
+        let plan = Plan::new(&cpu, (tile(None, scheme, k)?, true), &layout, m, 1);
         let isa = self.isa();
         let mut text = format!("{m} x {n} x {k} (m x n x k), {scheme:?}, on {isa}: {}.\n{layout}.\n", why(isa));
         if m == 0 || n == 0 {
@@ -92,7 +93,10 @@ impl Cpu<'_> {
                 panels * 16,
             ));
         }
-        let threads = self.parallelism().threads();
+        if cpu.parallelism().threads() < self.parallelism().threads() {
+            text.push_str(&format!("Fewer than {} multiply-adds are not worth a fork.\n", blocking.fork));
+        }
+        let threads = cpu.parallelism().threads();
         text.push_str(&format!(
             "{threads} thread(s): {} task(s) along n of {} panels by {} along m of {} rows.\n",
             plan.panel_tasks, plan.task_panels, plan.row_tasks, plan.task_rows,

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod amx;
+mod batch;
 mod coding;
 mod decode;
 mod dense;

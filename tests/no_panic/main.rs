@@ -17,6 +17,7 @@ mod views;
 use proptest::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::LazyLock;
+use trn_kernels::cpu::Blocking;
 use trn_kernels::{Cpu, Parallelism, Result};
 
 /// Extents a slice can back, then extents none can: sums, products and round-ups of the latter leave `usize`.
@@ -84,7 +85,9 @@ fn untouched<T>(name: std::fmt::Arguments<'_>, len: usize, call: impl FnOnce(&mu
 fn cpus() -> [Cpu<'static>; 2] {
     static POOL: LazyLock<rayon::ThreadPool> =
         LazyLock::new(|| rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("three threads"));
-    [Cpu::detect(), Cpu::baseline().with_parallelism(Parallelism::Pool(&POOL))]
+    // Small work forks too.
+    let blocking = Blocking { fork: 0, ..Blocking::default() };
+    [Cpu::detect(), Cpu::baseline().with_parallelism(Parallelism::Pool(&POOL)).with_blocking(blocking)]
 }
 
 /// Ordinary numbers, and now and then one of [`NUMBERS`].
