@@ -212,8 +212,8 @@ pub(crate) struct Dense<'a> {
     cold: &'a Cold,
     m: usize,
     next: usize,
-    x: Values,
-    y: Values,
+    pub(crate) x: Values,
+    pub(crate) y: Values,
     workspace: Workspace,
 }
 
