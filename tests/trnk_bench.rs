@@ -6,8 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 /// One small case, called once.
-const TINY: [&str; 10] =
-    ["--shapes", "96x64", "--m", "1", "--schemes", "mxfp4", "--repeat", "1", "--threads", "2"];
+const TINY: [&str; 10] = ["--shapes", "96x64", "--m", "1", "--schemes", "mxfp4", "--repeat", "1", "--threads", "2"];
 
 fn trnk(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_trnk")).args(["bench", "matmul"]).args(arguments).output().unwrap()
@@ -82,7 +81,8 @@ fn a_table_a_record_and_a_roofline() {
 
     let records = records(&std::fs::read_to_string(&csv).unwrap());
     assert_eq!(records.len(), 4);
-    let number = |record: &std::collections::HashMap<String, String>, name: &str| -> f64 { record[name].parse().unwrap() };
+    let number =
+        |record: &std::collections::HashMap<String, String>, name: &str| -> f64 { record[name].parse().unwrap() };
     for (record, m) in records.iter().zip([1.0, 1.0, 3.0, 3.0]) {
         // By hand: 17 bytes for 32 weights, 2 m n k operations; rates are those of the median.
         assert_eq!(number(record, "weight_bytes"), 96.0 * 64.0 * 17.0 / 32.0);
@@ -145,7 +145,10 @@ fn bad_input_is_one_clear_line() {
     for (change, message) in [
         (["--m", "0"], "got \"0\", need a number from 1 to 1048576"),
         (["--m", "1,,2"], "got \"\", need a number"),
-        (["--schemes", "int4"], "got \"int4\", need one of mxfp4, nvfp4, mxfp8, fp8-tensor, fp8-channel, fp8-block, bf16"),
+        (
+            ["--schemes", "int4"],
+            "got \"int4\", need one of mxfp4, nvfp4, mxfp8, fp8-tensor, fp8-channel, fp8-block, bf16",
+        ),
         (["--threads", "0"], "0 is not in 1..=1024"),
         (["--repeat", "0"], "0 is not in 1..=100000"),
     ] {

@@ -308,9 +308,10 @@ fn preamble(limits: &mut Limits<'_>, origin: &Origin) -> String {
         limits::last_level_caches() >> 20
     );
     for peak in Peak::ALL {
-        text += &match (peak.rate(limits.pool, 0.02), peak.missing()) {
-            (Some(rate), _) => format!("{peak}: {:.1} GFLOP/s\n", rate / 1e9),
-            (None, reason) => format!("{peak}: skipped, {}\n", reason.unwrap_or("not measured")),
+        let mut rates: Vec<f64> = (0..9).filter_map(|_| peak.rate(limits.pool, 5e-3)).collect();
+        text += &match peak.missing() {
+            None => format!("{peak}: {:.1} GFLOP/s\n", limits::median(&mut rates) / 1e9),
+            Some(reason) => format!("{peak}: skipped, {reason}\n"),
         };
     }
     text
