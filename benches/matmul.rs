@@ -59,7 +59,9 @@ fn limits(c: &mut Criterion) {
 
 fn matmul(c: &mut Criterion) {
     let pool = pool();
-    let cpu = Cpu::detect().with_parallelism(Parallelism::Pool(&pool));
+    let cpu = Cpu::try_detect()
+        .expect("TRN_KERNELS_ISA names a tier of this host")
+        .with_parallelism(Parallelism::Pool(&pool));
     for (name, scheme) in case::SCHEMES {
         let weights = Weights::random(scheme, SHAPE, 3);
         let cold = Cold::new(&cpu, weights, 2 * last_level_caches()).expect("supported");

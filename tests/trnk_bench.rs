@@ -9,7 +9,12 @@ use std::process::{Command, Output};
 const TINY: [&str; 10] = ["--shapes", "96x64", "--m", "1", "--schemes", "mxfp4", "--repeat", "1", "--threads", "2"];
 
 fn trnk(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_trnk")).args(["bench", "matmul"]).args(arguments).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_trnk"))
+        .env_remove("TRN_KERNELS_ISA")
+        .args(["bench", "matmul"])
+        .args(arguments)
+        .output()
+        .unwrap()
 }
 
 fn said(bytes: &[u8]) -> String {
@@ -163,6 +168,12 @@ fn what_cannot_be_done_is_said_before_anything_is_measured() {
     let below = Path::new(file.path()).join("run.csv");
     let error = refusal(1, &[&TINY[..], &["--out", below.to_str().unwrap()]].concat());
     assert!(error.starts_with(below.to_str().unwrap()), "{error}");
+    let refused = Command::new(env!("CARGO_BIN_EXE_trnk"))
+        .args(["bench", "matmul"])
+        .env("TRN_KERNELS_ISA", "sse9")
+        .output()
+        .unwrap();
+    assert!(refused.stdout.is_empty() && said(&refused.stderr).contains("TRN_KERNELS_ISA[0]: got sse9"), "{refused:?}");
     let error = refusal(1, &["--shapes", "1048576x1048576", "--schemes", "bf16"]);
     assert!(error.starts_with("bf16 1048576x1048576: needs ") && error.ends_with(" are available"), "{error}");
 }

@@ -64,11 +64,11 @@ fn main() -> Result<(), String> {
     }
     let threads = candle_core::utils::get_num_threads();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| e.to_string())?;
-    let cpu = Cpu::detect().with_parallelism(Parallelism::Pool(&pool));
+    let cpu = Cpu::try_detect().map_err(|e| e.to_string())?.with_parallelism(Parallelism::Pool(&pool));
     let read = StreamRead::new(&pool).map_err(|e| e.to_string())?;
     let mut limits = Limits { pool: &pool, read };
     limits.read.tune(&pool, 3);
-    let origin = Origin { date: machine::today(), cpu: name(), threads, tier: machine::tier(&cpu) };
+    let origin = Origin { date: machine::today(), cpu: name(), threads, tier: cpu.isa() };
     println!("{}, {} threads, tier {}, {}", origin.cpu, origin.threads, origin.tier, origin.date);
     println!("{}  {:>9}", table::header(true), "error");
     let mut csv = args.out.as_ref().map(std::fs::File::create).transpose().map_err(|e| e.to_string())?;
@@ -86,7 +86,7 @@ fn main() -> Result<(), String> {
                 let on = Operands { shape, m, x: peer::activations(m, shape.k), w: w.clone() };
                 let exact = on.first_row();
                 let mut peers = contestants(&pool, cpu, &cold, &on)?;
-                let peak = machine::peak(&origin.tier, Acts::Bf16);
+                let peak = machine::peak(origin.tier, Acts::Bf16);
                 let flops = 2.0 * m as f64 * shape.n as f64 * shape.k as f64;
                 let mut contenders: Vec<Contender<'_>> = peers
                     .iter_mut()

@@ -3,7 +3,7 @@
 
 use super::case::Acts;
 use std::time::{SystemTime, UNIX_EPOCH};
-use trn_kernels::Cpu;
+use trn_kernels::Isa;
 use trn_kernels::cpu::limits::Peak;
 
 /// Today in UTC, `YYYY-MM-DD`.
@@ -45,18 +45,13 @@ pub(crate) fn available_memory() -> Option<f64> {
     Some(1024.0 * kibibytes)
 }
 
-/// The tier's name.
-pub(crate) fn tier(cpu: &Cpu<'_>) -> String {
-    format!("{:?}", cpu.isa()).to_lowercase()
-}
-
 /// The fastest arithmetic that a tier can use on these activations: its share is what a kernel of that tier is asked for. Portable
 /// code is held against the best that f32 has on this machine.
-pub(crate) fn peak(tier: &str, acts: Acts) -> Option<Peak> {
+pub(crate) fn peak(tier: Isa, acts: Acts) -> Option<Peak> {
     let within = |peak: &Peak| match peak {
         Peak::Avx2F32 => true,
-        Peak::Avx512F32 => tier != "avx2",
-        _ => tier == "amx" && acts == Acts::Bf16,
+        Peak::Avx512F32 => tier != Isa::Avx2,
+        _ => tier == Isa::Amx && acts == Acts::Bf16,
     };
     Peak::ALL.into_iter().rev().filter(|peak| peak.missing().is_none()).find(within)
 }

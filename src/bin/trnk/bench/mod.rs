@@ -211,8 +211,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     args.check_memory(&groups, cold)?;
     let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(Failure::refused)?;
-    let cpu = Cpu::detect().with_parallelism(Parallelism::Pool(&pool));
-    let origin = Origin { date: machine::today(), cpu: limits::name(), threads, tier: machine::tier(&cpu) };
+    // A tier asked for by TRN_KERNELS_ISA that is not there is refused, not replaced by another.
+    let cpu = Cpu::try_detect().map_err(Failure::refused)?.with_parallelism(Parallelism::Pool(&pool));
+    let origin = Origin { date: machine::today(), cpu: limits::name(), threads, tier: cpu.isa() };
     // Files are opened first: a run of minutes must not end at a path that cannot be written.
     let mut csv = args.out.as_deref().map(|path| create(&csv_path(path, &origin))).transpose()?;
     let mut svg = args.svg.as_deref().map(create).transpose()?;
@@ -243,7 +244,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         let store = store.map_err(Failure::refused)?;
         for (&m, &acts) in group.m.iter().flat_map(|m| args.acts.iter().map(move |acts| (m, acts))) {
             note(&format!("m = {m}"));
-            let peak = machine::peak(&origin.tier, acts);
+            let peak = machine::peak(origin.tier, acts);
             let outcome = cell(&cpu, &mut limits, &store, (m, acts, args.top_k), peak, sampling);
             let outcome = outcome.map_err(Failure::refused)?;
             let (scheme, shape, experts) = (case::scheme_name(group.scheme).into(), group.shape, group.experts);

@@ -3,6 +3,7 @@
 
 use super::case::{Acts, Shape};
 use super::sample::Outcome;
+use trn_kernels::Isa;
 use trn_kernels::cpu::limits::Peak;
 
 /// One measured call, of one contender.
@@ -25,7 +26,7 @@ pub(crate) struct Origin {
     pub(crate) date: String,
     pub(crate) cpu: String,
     pub(crate) threads: usize,
-    pub(crate) tier: String,
+    pub(crate) tier: Isa,
 }
 
 /// What stands above the columns of [`line`].
@@ -92,7 +93,7 @@ pub(crate) fn record(row: &Row, origin: &Origin) -> String {
         origin.date.clone(),
         quoted(&origin.cpu),
         origin.threads.to_string(),
-        quoted(&origin.tier),
+        origin.tier.to_string(),
         env!("CARGO_PKG_VERSION").into(),
         quoted(&o.name),
         quoted(&row.scheme),
