@@ -6,24 +6,25 @@ use std::hint::black_box;
 /// What a read is made of: 256 bytes.
 pub(crate) type Block = [u64; 32];
 
-/// Reads all of `data` as `S` sequential streams in step, asking for each block `ahead` blocks early (0: not at all).
-pub(crate) fn read<const S: usize>(data: &[Block], ahead: usize) {
+/// Reads all of `data` as `S` sequential streams in step, asking for each block `ahead` blocks early (0: not at all). The exclusive
+/// or of all words, which shows that they were read.
+pub(crate) fn read<const S: usize>(data: &[Block], ahead: usize) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
         // SAFETY: AVX2 was just detected.
         return unsafe { read_avx2::<S>(data, ahead) };
     }
-    read_body::<S>(data, ahead);
+    read_body::<S>(data, ahead)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn read_avx2<const S: usize>(data: &[Block], ahead: usize) {
-    read_body::<S>(data, ahead);
+fn read_avx2<const S: usize>(data: &[Block], ahead: usize) -> u64 {
+    read_body::<S>(data, ahead)
 }
 
 #[inline(always)]
-fn read_body<const S: usize>(data: &[Block], ahead: usize) {
+fn read_body<const S: usize>(data: &[Block], ahead: usize) -> u64 {
     let mut sum = [0; 32];
     let stream = data.len() / S;
     for i in 0..stream {
@@ -32,12 +33,14 @@ fn read_body<const S: usize>(data: &[Block], ahead: usize) {
             if ahead > 0 {
                 prefetch(block, ahead);
             }
-            // A sum over lanes: nothing is carried from one to the other, so that the loads alone take time.
+            // One sum for each lane: nothing is carried from one to the other, so that the loads alone take time.
             sum.iter_mut().zip(block).for_each(|(sum, value)| *sum ^= value);
         }
     }
-    data[S * stream..].iter().for_each(|block| sum[0] ^= block[0]);
-    black_box(sum);
+    for block in &data[S * stream..] {
+        sum.iter_mut().zip(block).for_each(|(sum, value)| *sum ^= value);
+    }
+    sum.into_iter().fold(0, |all, sum| all ^ sum)
 }
 
 /// Asks for the block `ahead` blocks after this one.
@@ -57,7 +60,7 @@ fn prefetch(block: &Block, ahead: usize) {
 /// A loop of fused multiply-adds, or of tile products, that this machine was found to have. Only detection makes one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Loop {
-    run: fn(usize),
+    run: fn(usize) -> f32,
     /// Floating-point operations of a turn.
     pub(crate) flops: usize,
 }
@@ -91,35 +94,35 @@ impl Loop {
         return Err("AMX is asked for on Linux on x86-64 only");
     }
 
-    /// Turns the loop.
-    pub(crate) fn run(self, turns: usize) {
-        (self.run)(turns);
+    /// Turns the loop. The sum of all accumulators: each product is a half, in AMX tiles zero.
+    pub(crate) fn run(self, turns: usize) -> f32 {
+        (self.run)(turns)
     }
 }
 
 /// Twelve chains hide a latency of 4 (5 on older) cycles at two a cycle, and leave registers for the operands.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn fma_avx2(turns: usize) {
-    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps, _mm256_setzero_ps};
+fn fma_avx2(turns: usize) -> f32 {
+    use std::arch::x86_64::{__m256, _mm256_fmadd_ps, _mm256_set1_ps, _mm256_setzero_ps};
     let (a, b) = (black_box(_mm256_set1_ps(1.0)), black_box(_mm256_set1_ps(0.5)));
-    let mut chains = [_mm256_setzero_ps(); 12];
+    let mut chains = black_box([_mm256_setzero_ps(); 12]);
     for _ in 0..turns {
         chains.iter_mut().for_each(|c| *c = _mm256_fmadd_ps(a, b, *c));
     }
-    black_box(chains);
+    chains.iter().map(|c| bytemuck::cast::<__m256, [f32; 8]>(*c).iter().sum::<f32>()).sum()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn fma_avx512(turns: usize) {
-    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps, _mm512_setzero_ps};
+fn fma_avx512(turns: usize) -> f32 {
+    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_setzero_ps};
     let (a, b) = (black_box(_mm512_set1_ps(1.0)), black_box(_mm512_set1_ps(0.5)));
-    let mut chains = [_mm512_setzero_ps(); 24];
+    let mut chains = black_box([_mm512_setzero_ps(); 24]);
     for _ in 0..turns {
         chains.iter_mut().for_each(|c| *c = _mm512_fmadd_ps(a, b, *c));
     }
-    black_box(chains);
+    chains.iter().map(|c| _mm512_reduce_add_ps(*c)).sum()
 }
 
 /// AMX by inline assembly: its intrinsics are not stable.
@@ -199,9 +202,9 @@ mod amx {
     }
 
     /// `turns` times four products into four accumulators, all in registers.
-    pub(super) fn products(turns: usize) {
+    pub(super) fn products(turns: usize) -> f32 {
         if turns == 0 || permitted().is_err() {
-            return;
+            return 0.0;
         }
         // SAFETY: the CPU has AMX-BF16 and the process may use it, asked above. CONFIG is 64 bytes, aligned, valid for palette 1;
         // its eight tiles are zeroed before they are read; every product names three different tiles of 16 x 64 bytes. No other
@@ -226,6 +229,7 @@ mod amx {
                 options(nostack, readonly),
             );
         }
+        0.0
     }
 }
 
@@ -258,4 +262,42 @@ pub(crate) fn cpu_name() -> String {
     }
     #[cfg(not(target_arch = "x86_64"))]
     format!("{} CPU", std::env::consts::ARCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_leaves_no_word_out() {
+        for len in [0, 1, 15, 16, 17, 50] {
+            // Word i is a number of its own in a hashed order, so that a word left out or read twice changes the answer.
+            let word = |i: usize| (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            let data: Vec<Block> = (0..len).map(|b| std::array::from_fn(|w| word(32 * b + w))).collect();
+            let all = (0..32 * len).fold(0, |all, i| all ^ word(i));
+            for ahead in [0, 1, 16, 64] {
+                let found = [
+                    read::<1>(&data, ahead),
+                    read::<2>(&data, ahead),
+                    read::<4>(&data, ahead),
+                    read::<8>(&data, ahead),
+                    read::<16>(&data, ahead),
+                ];
+                assert_eq!(found, [all; 5], "{len} blocks, {ahead} ahead");
+            }
+        }
+    }
+
+    #[test]
+    fn a_loop_does_the_operations_that_it_counts() {
+        for work in [Loop::avx2(), Loop::avx512()].into_iter().flatten() {
+            // A multiply-add is two operations and adds a half.
+            for turns in [0, 1, 1000] {
+                assert_eq!(work.run(turns), (work.flops * turns) as f32 / 4.0);
+            }
+        }
+        for work in Loop::amx().into_iter() {
+            assert_eq!((work.run(0), work.run(100)), (0.0, 0.0));
+        }
+    }
 }

@@ -6,8 +6,8 @@ use rayon::ThreadPool;
 use std::time::{Duration, Instant};
 use trn_kernels::cpu::limits::{Peak, StreamRead, median};
 
-/// Seconds for which a peak is run before a call.
-const PEAK: f64 = 2e-3;
+/// Seconds for which a peak is run before a call: a quarter of the call before, within these.
+const PEAK: std::ops::RangeInclusive<f64> = 2e-3..=2e-2;
 /// Calls after which nothing changes any more.
 const MOST: usize = 400;
 
@@ -110,7 +110,8 @@ pub(crate) fn measure(
     while rounds == 0 || !sampling.enough(rounds, begin.elapsed()) {
         for (contender, calls) in contenders.iter_mut().zip(&mut calls) {
             let read = limits.read.rate(limits.pool, contender.bytes);
-            let peak = peak.and_then(|peak| peak.rate(limits.pool, PEAK));
+            let last = calls.last().map_or(0.0, |call| call.seconds);
+            let peak = peak.and_then(|peak| peak.rate(limits.pool, (last / 4.0).clamp(*PEAK.start(), *PEAK.end())));
             let start = Instant::now();
             (contender.call)()?;
             calls.push(Call { read, peak, seconds: start.elapsed().as_secs_f64().max(1e-9) });
