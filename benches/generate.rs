@@ -24,7 +24,7 @@ use clap::Parser;
 use gpt_oss::{Model, Session};
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
-use sample::{Contender, Limits, Outcome, Sampling, measure};
+use sample::{Contender, Limits, Outcome, Sampling, measure, timed};
 use serde_json::json;
 use std::time::Duration;
 use trn_kernels::attention::AttentionSpec;
@@ -152,7 +152,7 @@ fn main() -> std::result::Result<(), Failure> {
 }
 
 fn contender<'a>(bytes: usize, flops: f64, mut call: impl FnMut() -> Result<()> + 'a) -> Contender<'a> {
-    Contender { name: String::new(), bytes, flops, call: Box::new(move || call().map_err(|e| e.to_string())) }
+    Contender { name: String::new(), bytes, flops, call: Box::new(move || timed(&mut call)) }
 }
 
 /// Asks that every contestant's logits have the same bits.

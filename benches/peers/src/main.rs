@@ -1,4 +1,5 @@
-//! Peers in Rust beside trn-kernels, call by call in one process, each call after a look at the machine's limits.
+//! Peers beside trn-kernels, call by call, each call after a look at the machine's limits. Rust peers are called in this process,
+//! Python ones in one of their own ([`child`]).
 //!
 //! `cd benches/peers && RAYON_NUM_THREADS=2 cargo run --release -- --help`. A workspace of its own: the crate's own build does
 //! not wait for candle. The folder's cargo configuration compiles for this CPU, because candle chooses its SIMD code then.
@@ -6,6 +7,7 @@
 #[allow(dead_code)] // what `trnk bench` uses and this does not
 #[path = "../../../src/bin/trnk/bench/case.rs"]
 mod case;
+mod child;
 #[allow(dead_code)]
 #[path = "../../../src/bin/trnk/bench/machine.rs"]
 mod machine;
@@ -19,6 +21,7 @@ mod table;
 
 use candle_core::quantized::GgmlDType;
 use case::{Acts, Cold, Dense, Shape, Values, Weights};
+use child::ChildPeer;
 use clap::Parser;
 use peer::{CandleBf16, CandleQuantized, GemmF32, Operands, Ours, Peer};
 use rayon::ThreadPool;
@@ -27,7 +30,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 use table::{COLUMNS, Origin, Row};
-use trn_kernels::cpu::limits::{last_level_caches, name, StreamRead};
+use trn_kernels::cpu::limits::{StreamRead, last_level_caches, name};
 use trn_kernels::{Cpu, Parallelism};
 
 /// trn-kernels and its Rust peers on the same data. Threads: RAYON_NUM_THREADS, which candle obeys too.
@@ -45,6 +48,18 @@ struct Args {
     #[arg(long)]
     repeat: Option<usize>,
 
+    /// Python that has torch: measures PyTorch's bf16 linear too
+    #[arg(long, value_name = "PYTHON")]
+    torch: Option<PathBuf>,
+
+    /// Python that has llama-cpp-python: measures llama.cpp too
+    #[arg(long, value_name = "PYTHON")]
+    llama: Option<PathBuf>,
+
+    /// Which comparisons: mxfp4, fp8-block, bf16 [default: all]
+    #[arg(long, value_delimiter = ',')]
+    schemes: Vec<String>,
+
     /// Write the results as CSV
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -52,13 +67,16 @@ struct Args {
 
 /// Who meets whom: codes of as many bits, and the dense types.
 const COMPARISONS: [(&str, &str); 3] = [
-    ("mxfp4", "4 bits: candle Q4_0 turns activations into 8-bit blocks; gemm reads dequantized f32"),
-    ("fp8-block", "8 bits: candle Q8_0 turns activations into 8-bit blocks"),
+    ("mxfp4", "4 bits: candle and llama.cpp turn activations into 8-bit blocks; gemm reads dequantized f32"),
+    ("fp8-block", "8 bits: candle and llama.cpp turn activations into 8-bit blocks"),
     ("bf16", "bf16"),
 ];
 
 fn main() -> Result<(), String> {
     let args = Args::parse();
+    if let Some(unknown) = args.schemes.iter().find(|s| COMPARISONS.iter().all(|(known, _)| known != s)) {
+        return Err(format!("--schemes: got {unknown:?}, need mxfp4, fp8-block or bf16"));
+    }
     if args.m.contains(&0) {
         return Err("--m: got 0, need at least 1".into());
     }
@@ -72,10 +90,12 @@ fn main() -> Result<(), String> {
     println!("{}, {} threads, tier {}, {}", origin.cpu, origin.threads, origin.tier, origin.date);
     println!("{}  {:>9}", table::header(true), "error");
     let mut csv = args.out.as_ref().map(std::fs::File::create).transpose().map_err(|e| e.to_string())?;
-    let mut write = |line: &str| csv.as_mut().map_or(Ok(()), |file| writeln!(file, "{line}")).map_err(|e| e.to_string());
+    let mut write =
+        |line: &str| csv.as_mut().map_or(Ok(()), |file| writeln!(file, "{line}")).map_err(|e| e.to_string());
     write(COLUMNS)?;
     let budget = Duration::from_secs(1);
-    for (scheme, what) in COMPARISONS {
+    let wanted = |scheme: &str| args.schemes.is_empty() || args.schemes.iter().any(|s| s == scheme);
+    for (scheme, what) in COMPARISONS.into_iter().filter(|(scheme, _)| wanted(scheme)) {
         println!("-- {what}");
         for &shape in &args.shapes {
             let weights = Weights::random(case::scheme(scheme)?, shape, 3);
@@ -86,6 +106,19 @@ fn main() -> Result<(), String> {
                 let on = Operands { shape, m, x: peer::activations(m, shape.k), w: w.clone() };
                 let exact = on.first_row();
                 let mut peers = contestants(&pool, cpu, &cold, &on)?;
+                let numbers = [shape.n, shape.k, m, threads];
+                let mut child = |python: &Option<PathBuf>, script, format| match python {
+                    Some(python) => {
+                        ChildPeer::start(python, script, numbers, format).map(|peer| peers.push(Box::new(peer)))
+                    }
+                    None => Ok(()),
+                };
+                match scheme {
+                    "mxfp4" => child(&args.llama, "llama_peer.py", Some("mxfp4"))?,
+                    "fp8-block" => child(&args.llama, "llama_peer.py", Some("q8_0"))?,
+                    _ => (),
+                }
+                child(&args.torch, "torch_peer.py", None)?;
                 let peak = machine::peak(origin.tier, Acts::Bf16);
                 let flops = 2.0 * m as f64 * shape.n as f64 * shape.k as f64;
                 let mut contenders: Vec<Contender<'_>> = peers
@@ -96,9 +129,12 @@ fn main() -> Result<(), String> {
                 let outcomes = measure(&mut limits, peak, &mut contenders, sampling)?;
                 drop(contenders);
                 for (outcome, peer) in outcomes.into_iter().zip(&peers) {
-                    let error = relative_error(&peer.first_row()?, &exact);
+                    let error = match peer.first_row() {
+                        Some(row) => format!("{:.1e}", relative_error(&row?, &exact)),
+                        None => "-".into(),
+                    };
                     let row = Row { scheme: scheme.into(), acts: Acts::Bf16, m, shape, experts: None, peak, outcome };
-                    println!("{}  {error:>9.1e}", table::line(&row, true));
+                    println!("{}  {error:>9}", table::line(&row, true));
                     write(&table::record(&row, &origin))?;
                 }
             }

@@ -1,6 +1,7 @@
 //! What is called in turn: our kernels and theirs, each on weights that rotate over copies larger than the caches.
 
 use crate::case::{Acts, Dense, Shape, Values, copies};
+use crate::sample::timed;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use rayon::ThreadPool;
@@ -11,9 +12,10 @@ pub(crate) trait Peer {
     fn name(&self) -> String;
     /// Bytes of weights that a call reads.
     fn bytes(&self) -> usize;
-    fn call(&mut self) -> Result<(), String>;
-    /// The first row of the last result.
-    fn first_row(&self) -> Result<Vec<f32>, String>;
+    /// Calls it once: seconds taken.
+    fn call(&mut self) -> Result<f64, String>;
+    /// The first row of the last result; `None` if its operands are not ours.
+    fn first_row(&self) -> Option<Result<Vec<f32>, String>>;
 }
 
 /// Our matmul.
@@ -33,15 +35,15 @@ impl Peer for Ours<'_> {
         self.dense.bytes()
     }
 
-    fn call(&mut self) -> Result<(), String> {
-        self.dense.call(&self.cpu).map_err(|e| e.to_string())
+    fn call(&mut self) -> Result<f64, String> {
+        timed(|| self.dense.call(&self.cpu))
     }
 
-    fn first_row(&self) -> Result<Vec<f32>, String> {
-        Ok(match &self.dense.y {
+    fn first_row(&self) -> Option<Result<Vec<f32>, String>> {
+        Some(Ok(match &self.dense.y {
             Values::Bf16(y) => y[..self.n].iter().map(|v| v.to_f32()).collect(),
             Values::F32(y) => y[..self.n].to_vec(),
-        })
+        }))
     }
 }
 
@@ -110,15 +112,14 @@ impl Peer for CandleQuantized {
         self.bytes
     }
 
-    fn call(&mut self) -> Result<(), String> {
+    fn call(&mut self) -> Result<f64, String> {
         let w = &self.weights[self.next % self.weights.len()];
         self.next += 1;
-        self.y = Some(w.forward(&self.x).map_err(|e| e.to_string())?);
-        Ok(())
+        timed(|| w.forward(&self.x).map(|y| self.y = Some(y)))
     }
 
-    fn first_row(&self) -> Result<Vec<f32>, String> {
-        row_of(self.y.as_ref())
+    fn first_row(&self) -> Option<Result<Vec<f32>, String>> {
+        Some(row_of(self.y.as_ref()))
     }
 }
 
@@ -153,15 +154,14 @@ impl Peer for CandleBf16 {
         self.bytes
     }
 
-    fn call(&mut self) -> Result<(), String> {
+    fn call(&mut self) -> Result<f64, String> {
         let w = &self.weights[self.next % self.weights.len()];
         self.next += 1;
-        self.y = Some(self.x.matmul(w).map_err(|e| e.to_string())?);
-        Ok(())
+        timed(|| self.x.matmul(w).map(|y| self.y = Some(y)))
     }
 
-    fn first_row(&self) -> Result<Vec<f32>, String> {
-        row_of(self.y.as_ref())
+    fn first_row(&self) -> Option<Result<Vec<f32>, String>> {
+        Some(row_of(self.y.as_ref()))
     }
 }
 
@@ -190,13 +190,13 @@ impl Peer for GemmF32<'_> {
         size_of_val(&self.on.w[..])
     }
 
-    fn call(&mut self) -> Result<(), String> {
+    fn call(&mut self) -> Result<f64, String> {
         let (Shape { n, k }, m, x) = (self.on.shape, self.on.m, &self.on.x[..]);
         let w = &self.weights[self.next % self.weights.len()][..];
         self.next += 1;
         let (y, threads) = (&mut self.y[..], self.pool.current_num_threads());
         assert!(x.len() == m * k && w.len() == n * k && y.len() == m * n);
-        self.pool.install(|| {
+        let call = || {
             // SAFETY: x is [m, k] and y [m, n] row-major, w is [n, k] row-major and read as its transpose [k, n]: by the lengths just
             // checked every element of the three lies in its slice, and y is borrowed mutably.
             unsafe {
@@ -222,12 +222,15 @@ impl Peer for GemmF32<'_> {
                     gemm::Parallelism::Rayon(threads),
                 );
             }
-        });
-        Ok(())
+        };
+        timed(|| {
+            self.pool.install(call);
+            Ok::<(), String>(())
+        })
     }
 
-    fn first_row(&self) -> Result<Vec<f32>, String> {
-        Ok(self.y[..self.on.shape.n].to_vec())
+    fn first_row(&self) -> Option<Result<Vec<f32>, String>> {
+        Some(Ok(self.y[..self.on.shape.n].to_vec()))
     }
 }
 

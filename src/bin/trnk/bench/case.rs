@@ -76,6 +76,20 @@ pub(crate) fn scheme_name(scheme: Scheme) -> &'static str {
     SCHEMES.iter().find(|(_, known)| *known == scheme).map_or("other", |(name, _)| name)
 }
 
+/// Refuses a shape whose k is no whole number of the scheme's blocks.
+pub(crate) fn check_blocks(scheme: Scheme, shape: Shape) -> Result<(), String> {
+    let (name, block) = (scheme_name(scheme), scheme.block());
+    match shape.k.is_multiple_of(block) {
+        true => Ok(()),
+        false => Err(format!("--shapes: {shape}: k of {name} must be a multiple of {block}")),
+    }
+}
+
+/// Bytes of a matrix, before it is made; slightly more than it will have.
+pub(crate) fn estimated_bytes(scheme: Scheme, Shape { n, k }: Shape) -> f64 {
+    (n * k) as f64 * (scheme.bits() as f64 + 0.5) / 8.0
+}
+
 /// A fixed sequence of random numbers (xorshift64): every run measures the same data.
 pub(crate) struct Random(u64);
 
@@ -111,6 +125,7 @@ impl Random {
 }
 
 /// A random weight matrix as a checkpoint holds it. Every code is a number, and products of sums of a few thousand stay near 1.
+#[derive(Clone)]
 pub(crate) struct Weights {
     pub(crate) scheme: Scheme,
     pub(crate) shape: Shape,
@@ -164,9 +179,14 @@ impl Weights {
         }
     }
 
+    /// Codes, block scales, outer scales.
+    pub(crate) fn parts(&self) -> [&[u8]; 3] {
+        [&self.codes, &self.block_scales, bytemuck::cast_slice(&self.outer_scales)]
+    }
+
     /// Bytes of codes and scales: what a call must read, however the kernel packs them.
     pub(crate) fn bytes(&self) -> usize {
-        self.codes.len() + self.block_scales.len() + size_of_val(&self.outer_scales[..])
+        self.parts().map(<[u8]>::len).iter().sum()
     }
 }
 

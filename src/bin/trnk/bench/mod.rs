@@ -3,6 +3,7 @@
 
 mod case;
 mod machine;
+mod pack;
 mod roofline;
 mod sample;
 mod table;
@@ -10,7 +11,9 @@ mod table;
 use crate::failure::Failure;
 use case::{Acts, Cold, ColdExperts, Dense, Moe, SCHEMES, Shape, Weights};
 use indicatif::{ProgressBar, ProgressStyle};
-use sample::{Contender, Limits, Sampling, measure};
+use pack::Pack;
+use rayon::ThreadPool;
+use sample::{Contender, Limits, Sampling, measure, timed};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,6 +34,40 @@ enum What {
     /// Matmul of every scheme: decode in GB/s, prefill in GFLOP/s, as shares of this machine's limits
     #[command(after_long_help = LONG_HELP)]
     Matmul(Matmul),
+    /// Packing of every scheme in GB/s, beside a copy of the same bytes
+    #[command(after_long_help = pack::LONG_HELP)]
+    Pack(Pack),
+}
+
+/// Who runs the calls, and how often.
+#[derive(clap::Args)]
+struct Run {
+    /// Threads [default: all that this process may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// Calls of each case [default: as many as fit into 0.4 s, 1.5 s with matmul --full; three at least]
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    repeat: Option<u32>,
+}
+
+impl Run {
+    fn pool(&self) -> Result<ThreadPool, Failure> {
+        let all = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.threads.map_or_else(all, usize::from);
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(Failure::refused)
+    }
+
+    /// The CPU on a pool. A tier asked for by TRN_KERNELS_ISA that is not there is refused, not replaced by another.
+    fn cpu<'p>(&self, pool: &'p ThreadPool) -> Result<(Cpu<'p>, Origin), Failure> {
+        let cpu = Cpu::try_detect().map_err(Failure::refused)?.with_parallelism(Parallelism::Pool(pool));
+        let threads = pool.current_num_threads();
+        Ok((cpu, Origin { date: machine::today(), cpu: limits::name(), threads, tier: cpu.isa() }))
+    }
+
+    fn sampling(&self, budget: Duration) -> Sampling {
+        Sampling { repeat: self.repeat.map(|repeat| repeat as usize), budget }
+    }
 }
 
 #[derive(clap::Args)]
@@ -53,13 +90,8 @@ struct Matmul {
     #[arg(long, value_name = "TYPE,...", value_delimiter = ',', default_value = "bf16")]
     acts: Vec<Acts>,
 
-    /// Threads [default: all that this process may use]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
-
-    /// Calls of each case [default: as many as fit into 0.4 s, 1.5 s with --full; three at least]
-    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    repeat: Option<u32>,
+    #[command(flatten)]
+    run: Run,
 
     /// A mixture of experts (gather_matmul) in place of a dense matmul
     #[arg(long)]
@@ -165,55 +197,52 @@ impl Matmul {
             }
         }
         for Group { scheme, shape, .. } in &groups {
-            if !shape.k.is_multiple_of(scheme.block()) {
-                let (name, block) = (case::scheme_name(*scheme), scheme.block());
-                return Err(Failure::usage(format!("--shapes: {shape}: k of {name} must be a multiple of {block}")));
-            }
+            case::check_blocks(*scheme, *shape).map_err(Failure::usage)?;
         }
         Ok(groups)
     }
 
     /// Refuses what memory cannot hold, before anything is allocated.
-    fn check_memory(&self, groups: &[Group], cold: usize) -> Result<(), Failure> {
-        let have = limits_memory();
-        for group in groups {
+    fn check_memory(&self, groups: &[Group], cold: f64) -> Result<(), Failure> {
+        groups.iter().try_for_each(|group| {
             let Shape { n, k } = group.shape;
-            let matrix = (n * k) as f64 * (group.scheme.bits() as f64 + 0.5) / 8.0;
+            let matrix = case::estimated_bytes(group.scheme, group.shape);
             let (experts, top_k) = group.experts.unwrap_or((2, 1));
             let rows = group.m.iter().copied().max().unwrap_or(1) as f64;
             // The source, its packed copies, activations and outputs (as f32 first), and what reads memory.
-            let weights = 2.0 * matrix + (cold as f64 + matrix * experts as f64);
-            let need = weights + 8.0 * rows * (k + n * top_k) as f64 + 2.5 * cold as f64;
-            if need > have {
-                return Err(Failure::refused(format!(
-                    "{} {}: needs {:.1} GB of memory, {:.1} GB are available",
-                    case::scheme_name(group.scheme),
-                    group.shape,
-                    need / 1e9,
-                    have / 1e9
-                )));
-            }
-        }
-        Ok(())
+            let weights = 2.0 * matrix + (cold + matrix * experts as f64);
+            check_memory(group.scheme, group.shape, weights + 8.0 * rows * (k + n * top_k) as f64 + 2.5 * cold)
+        })
     }
 }
 
-/// Bytes of memory available, as far as is known.
-fn limits_memory() -> f64 {
-    machine::available_memory().unwrap_or(isize::MAX as f64 / 4.0)
+/// Refuses to measure a matrix if that takes more memory than is available, as far as is known.
+fn check_memory(scheme: Scheme, shape: Shape, need: f64) -> Result<(), Failure> {
+    match machine::available_memory() {
+        Some(have) if need > have => Err(Failure::refused(format!(
+            "{} {shape}: needs {:.1} GB of memory, {:.1} GB are available",
+            case::scheme_name(scheme),
+            need / 1e9,
+            have / 1e9
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let What::Matmul(args) = &args.what;
+    match &args.what {
+        What::Matmul(args) => matmul(args),
+        What::Pack(args) => pack::run(args),
+    }
+}
+
+fn matmul(args: &Matmul) -> Result<(), Failure> {
     let groups = args.groups()?;
     let cold = limits::last_level_caches().saturating_mul(2);
-    args.check_memory(&groups, cold)?;
-    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(Failure::refused)?;
-    // A tier asked for by TRN_KERNELS_ISA that is not there is refused, not replaced by another.
-    let cpu = Cpu::try_detect().map_err(Failure::refused)?.with_parallelism(Parallelism::Pool(&pool));
-    let origin = Origin { date: machine::today(), cpu: limits::name(), threads, tier: cpu.isa() };
+    args.check_memory(&groups, cold as f64)?;
+    let pool = args.run.pool()?;
+    let (cpu, origin) = args.run.cpu(&pool)?;
     // Files are opened first: a run of minutes must not end at a path that cannot be written.
     let mut csv = args.out.as_deref().map(|path| create(&csv_path(path, &origin))).transpose()?;
     let mut svg = args.svg.as_deref().map(create).transpose()?;
@@ -228,10 +257,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}") {
         bar.set_style(style);
     }
-    let sampling = Sampling {
-        repeat: args.repeat.map(|repeat| repeat as usize),
-        budget: Duration::from_millis(if args.full { 1500 } else { 400 }),
-    };
+    let sampling = args.run.sampling(Duration::from_millis(if args.full { 1500 } else { 400 }));
     let mut rows = vec![];
     for group in &groups {
         let note = |what: &str| bar.set_message(format!("{} {} {what}", case::scheme_name(group.scheme), group.shape));
@@ -276,7 +302,7 @@ fn cell(
     sampling: Sampling,
 ) -> Result<sample::Outcome, String> {
     let mut only = |bytes, flops, call: &mut dyn FnMut() -> trn_kernels::Result<()>| {
-        let call = Box::new(|| call().map_err(|e| e.to_string()));
+        let call = Box::new(|| timed(&mut *call));
         let mut ours = [Contender { name: "trn-kernels".into(), bytes, flops, call }];
         let outcomes = measure(limits, peak, &mut ours, sampling)?;
         outcomes.into_iter().next().ok_or_else(|| "nothing was measured".to_owned())
@@ -297,12 +323,11 @@ fn cell(
 
 /// Where and when, and the limits at the start. Settles how memory is read.
 fn preamble(limits: &mut Limits<'_>, origin: &Origin) -> String {
-    let Origin { date, cpu, threads, tier } = origin;
     let found = limits.read.tune(limits.pool, 3);
     let best = found.iter().map(|(_, rate)| *rate).fold(0.0, f64::max) / 1e9;
     let single = found.first().map_or(0.0, |(_, rate)| rate / 1e9);
     let mut text = format!(
-        "{cpu}, {threads} threads, tier {tier}, {date}\nread: {best:.1} GB/s by {} ({single:.1} by one stream without prefetch; \
+        "{origin}\nread: {best:.1} GB/s by {} ({single:.1} by one stream without prefetch; \
          {} MiB read, last-level caches {} MiB)\n",
         limits.read.pattern(),
         limits.read.bytes() >> 20,

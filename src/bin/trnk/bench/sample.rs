@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use rayon::ThreadPool;
+use std::fmt::Display;
 use std::time::{Duration, Instant};
 use trn_kernels::cpu::limits::{Peak, StreamRead, median};
 
@@ -24,7 +25,15 @@ pub(crate) struct Contender<'a> {
     pub(crate) bytes: usize,
     /// Floating-point operations of a call.
     pub(crate) flops: f64,
-    pub(crate) call: Box<dyn FnMut() -> Result<(), String> + 'a>,
+    /// Calls it once: seconds taken.
+    pub(crate) call: Box<dyn FnMut() -> Result<f64, String> + 'a>,
+}
+
+/// Seconds that a call took.
+pub(crate) fn timed<E: Display>(call: impl FnOnce() -> Result<(), E>) -> Result<f64, String> {
+    let start = Instant::now();
+    call().map_err(|e| e.to_string())?;
+    Ok(start.elapsed().as_secs_f64().max(1e-9))
 }
 
 /// How long to go on.
@@ -112,9 +121,7 @@ pub(crate) fn measure(
             let read = limits.read.rate(limits.pool, contender.bytes);
             let last = calls.last().map_or(0.0, |call| call.seconds);
             let peak = peak.and_then(|peak| peak.rate(limits.pool, (last / 4.0).clamp(*PEAK.start(), *PEAK.end())));
-            let start = Instant::now();
-            (contender.call)()?;
-            calls.push(Call { read, peak, seconds: start.elapsed().as_secs_f64().max(1e-9) });
+            calls.push(Call { read, peak, seconds: (contender.call)()? });
         }
         rounds += 1;
     }

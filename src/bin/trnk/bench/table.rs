@@ -3,6 +3,7 @@
 
 use super::case::{Acts, Shape};
 use super::sample::Outcome;
+use std::fmt;
 use trn_kernels::Isa;
 use trn_kernels::cpu::limits::Peak;
 
@@ -29,9 +30,16 @@ pub(crate) struct Origin {
     pub(crate) tier: Isa,
 }
 
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Origin { date, cpu, threads, tier } = self;
+        write!(f, "{cpu}, {threads} threads, tier {tier}, {date}")
+    }
+}
+
 /// What stands above the columns of [`line`].
 pub(crate) fn header(peers: bool) -> String {
-    let mut text = if peers { format!("{:<24}", "who") } else { String::new() };
+    let mut text = if peers { format!("{:<29}", "who") } else { String::new() };
     text += &format!(
         "{:<12}{:<5}{:>6} {:>17} {:>11} {:>7} {:>8} {:>9} {:>8}  {:<7}{:>5}",
         "scheme", "acts", "m", "n x k", "time", "GB/s", "of read", "GFLOP/s", "of peak", "bound", "calls"
@@ -49,7 +57,7 @@ pub(crate) fn line(row: &Row, peers: bool) -> String {
         Some((experts, top_k)) => format!("{top_k}/{experts} of {}", row.shape),
         None => row.shape.to_string(),
     };
-    let mut text = if peers { format!("{:<24}", o.name) } else { String::new() };
+    let mut text = if peers { format!("{:<29}", o.name) } else { String::new() };
     text += &format!(
         "{:<12}{:<5}{:>6} {:>17} {:>11} {:>7.2} {:>8.2} {:>9.1} {:>8}  {:<7}{:>5}",
         row.scheme,
@@ -71,7 +79,7 @@ pub(crate) fn line(row: &Row, peers: bool) -> String {
 }
 
 /// Seconds in the unit that shows three or more digits.
-fn duration(seconds: f64) -> String {
+pub(crate) fn duration(seconds: f64) -> String {
     match seconds {
         s if s < 1e-3 => format!("{:.1} us", 1e6 * s),
         s if s < 1.0 => format!("{:.2} ms", 1e3 * s),
