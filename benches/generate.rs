@@ -61,18 +61,23 @@ struct Args {
     bench: bool,
 }
 
-type Failure = Box<dyn std::error::Error>;
+type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> std::result::Result<(), Failure> {
     let args = Args::parse();
     let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-    let cpu = Cpu::try_detect()?.with_parallelism(Parallelism::Pool(&pool));
+    // From a thread of the pool, as the example does: it works along instead of waking one more.
+    pool.install(|| compare(usize::from(args.steps), &pool))
+}
+
+fn compare(steps: usize, pool: &rayon::ThreadPool) -> std::result::Result<(), Failure> {
+    let cpu = Cpu::try_detect()?.with_parallelism(Parallelism::Pool(pool));
     let bytes = checkpoint()?;
     let checkpoint = Checkpoint::from_bytes("random", bytes)?.with_config("config.json", config().to_string())?;
     let source = GptOss::new(&checkpoint)?;
-    let mut limits = Limits { pool: &pool, read: StreamRead::new(&pool)? };
-    limits.read.tune(&pool, 3);
+    let mut limits = Limits { pool, read: StreamRead::new(pool)? };
+    limits.read.tune(pool, 3);
 
     eprintln!("packing the contestants");
     let mut contestants = vec![
@@ -80,10 +85,10 @@ fn main() -> std::result::Result<(), Failure> {
         Contestant::new(cpu, Box::new(Dequantized(CpuBackend::new(cpu))), "bf16", &source)?,
     ];
     for isa in [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|isa| *isa < cpu.isa()) {
-        let cpu = Cpu::with_isa(isa)?.with_parallelism(Parallelism::Pool(&pool));
+        let cpu = Cpu::with_isa(isa)?.with_parallelism(Parallelism::Pool(pool));
         contestants.push(Contestant::new(cpu, Box::new(CpuBackend::new(cpu)), "mxfp4", &source)?);
     }
-    println!("{}, {threads} threads, tier {}, {}", name(), cpu.isa(), machine::today());
+    println!("{}, {} threads, tier {}, {}", name(), pool.current_num_threads(), cpu.isa(), machine::today());
     println!(
         "gpt-oss-20b, {LAYERS} of 24 layers and {VOCABULARY} of 201088 tokens of vocabulary: {:.0} MB of weights a token",
         read_bytes(source.config(), 1, false) as f64 / 1e6
@@ -92,7 +97,7 @@ fn main() -> std::result::Result<(), Failure> {
 
     let mut random = Random::new(11);
     let mut tokens = |count| (0..count).map(|_| (random.next() % VOCABULARY as u64) as u32).collect::<Vec<_>>();
-    let (prompt, steps) = (tokens(PROMPT), usize::from(args.steps));
+    let prompt = tokens(PROMPT);
     // One more than is timed: the first is not counted.
     let decoded = tokens(steps + 1);
 

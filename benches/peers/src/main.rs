@@ -82,10 +82,16 @@ fn main() -> Result<(), String> {
     }
     let threads = candle_core::utils::get_num_threads();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| e.to_string())?;
-    let cpu = Cpu::try_detect().map_err(|e| e.to_string())?.with_parallelism(Parallelism::Pool(&pool));
-    let read = StreamRead::new(&pool).map_err(|e| e.to_string())?;
-    let mut limits = Limits { pool: &pool, read };
-    limits.read.tune(&pool, 3);
+    // From a thread of the pool, as a runtime would call. candle and gemm then take their threads from it too.
+    pool.install(|| compare(&args, &pool))
+}
+
+fn compare(args: &Args, pool: &ThreadPool) -> Result<(), String> {
+    let threads = pool.current_num_threads();
+    let cpu = Cpu::try_detect().map_err(|e| e.to_string())?.with_parallelism(Parallelism::Pool(pool));
+    let read = StreamRead::new(pool).map_err(|e| e.to_string())?;
+    let mut limits = Limits { pool, read };
+    limits.read.tune(pool, 3);
     let origin = Origin { date: machine::today(), cpu: name(), threads, tier: cpu.isa() };
     println!("{}, {} threads, tier {}, {}", origin.cpu, origin.threads, origin.tier, origin.date);
     println!("{}  {:>9}", table::header(true), "error");
@@ -105,7 +111,7 @@ fn main() -> Result<(), String> {
             for &m in &args.m {
                 let on = Operands { shape, m, x: peer::activations(m, shape.k), w: w.clone() };
                 let exact = on.first_row();
-                let mut peers = contestants(&pool, cpu, &cold, &on)?;
+                let mut peers = contestants(pool, cpu, &cold, &on)?;
                 let numbers = [shape.n, shape.k, m, threads];
                 let mut child = |python: &Option<PathBuf>, script, format| match python {
                     Some(python) => {

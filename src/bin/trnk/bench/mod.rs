@@ -249,7 +249,7 @@ fn matmul(args: &Matmul) -> Result<(), Failure> {
 
     let read = StreamRead::new(&pool).map_err(Failure::refused)?;
     let mut limits = Limits { pool: &pool, read };
-    say(&preamble(&mut limits, &origin));
+    say(&pool.install(|| preamble(&mut limits, &origin)));
     say(&table::header(false));
     write(&mut csv, &format!("{COLUMNS}\n"))?;
     let cells = groups.iter().map(|group| group.m.len() * args.acts.len()).sum::<usize>();
@@ -271,7 +271,8 @@ fn matmul(args: &Matmul) -> Result<(), Failure> {
         for (&m, &acts) in group.m.iter().flat_map(|m| args.acts.iter().map(move |acts| (m, acts))) {
             note(&format!("m = {m}"));
             let peak = machine::peak(origin.tier, acts);
-            let outcome = cell(&cpu, &mut limits, &store, (m, acts, args.top_k), peak, sampling);
+            // From a thread of the pool, as a runtime would: it works along instead of waking one more.
+            let outcome = pool.install(|| cell(&cpu, &mut limits, &store, (m, acts, args.top_k), peak, sampling));
             let outcome = outcome.map_err(Failure::refused)?;
             let (scheme, shape, experts) = (case::scheme_name(group.scheme).into(), group.shape, group.experts);
             let row = Row { scheme, acts, m, shape, experts, peak, outcome };

@@ -55,7 +55,7 @@ pub(super) fn run(args: &Pack) -> Result<(), Failure> {
     let (cpu, origin) = args.run.cpu(&pool)?;
     let read = StreamRead::new(&pool).map_err(Failure::refused)?;
     let mut limits = Limits { pool: &pool, read };
-    limits.read.tune(&pool, 3);
+    pool.install(|| limits.read.tune(&pool, 3));
     say(&origin.to_string());
     say(&format!(
         "{:<12}{:>13}{:>11}{:>8}{:>9}{:>8}{:>9}{:>8}{:>7}",
@@ -63,7 +63,8 @@ pub(super) fn run(args: &Pack) -> Result<(), Failure> {
     ));
     let sampling = args.run.sampling(Duration::from_millis(400));
     for (scheme, shape) in cases {
-        say(&line(&cpu, &mut limits, scheme, shape, cold, sampling).map_err(Failure::refused)?);
+        let line = pool.install(|| line(&cpu, &mut limits, scheme, shape, cold, sampling));
+        say(&line.map_err(Failure::refused)?);
     }
     Ok(())
 }
