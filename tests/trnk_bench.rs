@@ -1,4 +1,4 @@
-//! `trnk bench matmul` as a user runs it: the table, the CSV record, the roofline, and one clear line for bad input. No figure is
+//! `trnk bench` as a user runs it: the table, the CSV record, the roofline, and one clear line for bad input. No figure is
 //! judged here: a test machine may be as slow as it likes.
 #![forbid(unsafe_code)]
 
@@ -9,9 +9,13 @@ use std::process::{Command, Output};
 const TINY: [&str; 10] = ["--shapes", "96x64", "--m", "1", "--schemes", "mxfp4", "--repeat", "1", "--threads", "2"];
 
 fn trnk(arguments: &[&str]) -> Output {
+    bench("matmul", arguments)
+}
+
+fn bench(what: &str, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_trnk"))
         .env_remove("TRN_KERNELS_ISA")
-        .args(["bench", "matmul"])
+        .args(["bench", what])
         .args(arguments)
         .output()
         .unwrap()
@@ -123,13 +127,47 @@ fn experts_and_every_scheme_are_measured() {
     let cpu = std::fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
     let csv = std::fs::read_dir(&cpu).unwrap().next().unwrap().unwrap().path();
     assert!(csv.extension().is_some_and(|e| e == "csv") && csv.file_stem().unwrap().len() == "2026-01-31".len());
-    let records = records(&std::fs::read_to_string(csv).unwrap());
-    assert_eq!(records.len(), 14);
+    let first = records(&std::fs::read_to_string(&csv).unwrap());
+    assert_eq!(first.len(), 14);
+    // Another run of the day is added.
+    printed(&[&TINY[..], &["--out", out]].concat());
+    let both = records(&std::fs::read_to_string(csv).unwrap());
+    assert_eq!((both.len(), &both[..14], both[14]["n"].as_str()), (15, &first[..], "96"));
     // One token reads two experts; seven tokens read four of five, because a shuffled deck is dealt by twos.
     let mxfp4 = 64.0 * 96.0 * 17.0 / 32.0;
-    let bytes = |record: usize| -> f64 { records[record]["weight_bytes"].parse().unwrap() };
+    let bytes = |record: usize| -> f64 { first[record]["weight_bytes"].parse().unwrap() };
     assert_eq!(bytes(0), 2.0 * mxfp4);
     assert!(bytes(1) >= 4.0 * mxfp4 && bytes(1) <= 5.0 * mxfp4);
+}
+
+#[test]
+fn packing_is_measured_beside_a_copy() {
+    let output = bench("pack", &["--shapes", "96x256,17x256", "--repeat", "2", "--threads", "2"]);
+    let text = said(&output.stdout);
+    assert!(output.status.success(), "{}", said(&output.stderr));
+    let rows: Vec<Vec<&str>> = text.lines().skip(2).map(|line| line.split_whitespace().collect()).collect();
+    let (schemes, shapes) = (["mxfp4", "nvfp4", "mxfp8", "fp8-tensor", "fp8-channel", "fp8-block", "bf16"], 2);
+    assert_eq!(rows.len(), schemes.len() * shapes, "{text}");
+    for (row, i) in rows.iter().zip(0..) {
+        assert_eq!((row[0], row[1]), (schemes[i / shapes], ["96x256", "17x256"][i % shapes]), "{text}");
+        // time, unit, GB/s, of read, copy, of copy, larger, calls
+        let number = |column: usize| -> f64 { row[column].parse().unwrap() };
+        assert!([2, 4, 6].map(number).iter().all(|v| *v >= 0.0) && row[9] == "2", "{text}");
+        // Whole panels of 16 rows and whole groups of steps add hardly anything; 17 rows are stored as 32.
+        let larger = number(8);
+        assert!(if row[1] == "96x256" { larger < 1.02 } else { larger > 1.5 && larger < 2.0 }, "{text}");
+    }
+    for (arguments, message) in [
+        (["--shapes", "64x48"], "--shapes: 64x48: k of mxfp4 must be a multiple of 32"),
+        (["--schemes", "q4_0"], "got \"q4_0\", need one of mxfp4"),
+    ] {
+        let output = bench("pack", &arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(output.stdout.is_empty() && said(&output.stderr).contains(message), "{}", said(&output.stderr));
+    }
+    let output = bench("pack", &["--shapes", "1048576x1048576", "--schemes", "bf16"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output.stderr).contains("bf16 1048576x1048576: needs "), "{}", said(&output.stderr));
 }
 
 #[test]

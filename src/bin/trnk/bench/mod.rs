@@ -109,7 +109,7 @@ struct Matmul {
     #[arg(long)]
     full: bool,
 
-    /// Write the results as CSV. A folder that exists gets <cpu>/<date>.csv
+    /// Write the results as CSV. In a folder that exists they are added to <cpu>/<date>.csv
     #[arg(long, value_name = "FILE|DIR")]
     out: Option<PathBuf>,
 
@@ -244,14 +244,13 @@ fn matmul(args: &Matmul) -> Result<(), Failure> {
     let pool = args.run.pool()?;
     let (cpu, origin) = args.run.cpu(&pool)?;
     // Files are opened first: a run of minutes must not end at a path that cannot be written.
-    let mut csv = args.out.as_deref().map(|path| create(&csv_path(path, &origin))).transpose()?;
+    let mut csv = args.out.as_deref().map(|path| record(path, &origin)).transpose()?;
     let mut svg = args.svg.as_deref().map(create).transpose()?;
 
     let read = StreamRead::new(&pool).map_err(Failure::refused)?;
     let mut limits = Limits { pool: &pool, read };
     say(&pool.install(|| preamble(&mut limits, &origin)));
     say(&table::header(false));
-    write(&mut csv, &format!("{COLUMNS}\n"))?;
     let cells = groups.iter().map(|group| group.m.len() * args.acts.len()).sum::<usize>();
     let bar = ProgressBar::new(cells as u64);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}") {
@@ -277,14 +276,14 @@ fn matmul(args: &Matmul) -> Result<(), Failure> {
             let (scheme, shape, experts) = (case::scheme_name(group.scheme).into(), group.shape, group.experts);
             let row = Row { scheme, acts, m, shape, experts, peak, outcome };
             bar.suspend(|| say(&table::line(&row, false)));
-            write(&mut csv, &format!("{}\n", table::record(&row, &origin)))?;
+            csv.as_mut().map_or(Ok(()), |csv| write(csv, &format!("{}\n", table::record(&row, &origin))))?;
             bar.inc(1);
             rows.push(row);
         }
     }
     bar.finish_and_clear();
     say(&summary(&rows));
-    write(&mut svg, &roofline::svg(&rows, &origin)?)
+    svg.as_mut().map_or(Ok(()), |svg| write(svg, &roofline::svg(&rows, &origin)?))
 }
 
 /// Packed weights of a group.
@@ -367,12 +366,22 @@ fn summary(rows: &[Row]) -> String {
     text
 }
 
-/// The file that `--out` means.
-fn csv_path(given: &Path, origin: &Origin) -> PathBuf {
-    match given.is_dir() {
-        true => given.join(machine::slug(&origin.cpu)).join(format!("{}.csv", origin.date)),
-        false => given.to_owned(),
+/// The file that `--out` means, its first line written: a new one, or in a folder the day's, which may hold earlier runs.
+fn record(given: &Path, origin: &Origin) -> Result<Sink, Failure> {
+    if !given.is_dir() {
+        let mut sink = create(given)?;
+        return write(&mut sink, &format!("{COLUMNS}\n")).map(|()| sink);
     }
+    let path = given.join(machine::slug(&origin.cpu)).join(format!("{}.csv", origin.date));
+    let refused = |e: std::io::Error| Failure::refused(format!("{}: {e}", path.display()));
+    path.parent().map_or(Ok(()), std::fs::create_dir_all).map_err(refused)?;
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(refused)?;
+    let new = file.metadata().map_err(refused)?.len() == 0;
+    let mut sink = Sink(path, file);
+    if new {
+        write(&mut sink, &format!("{COLUMNS}\n"))?;
+    }
+    Ok(sink)
 }
 
 /// A file to write later, and its path for messages.
@@ -386,10 +395,7 @@ fn create(path: &Path) -> Result<Sink, Failure> {
     Ok(Sink(path.to_owned(), std::fs::File::create(path).map_err(refused)?))
 }
 
-fn write(sink: &mut Option<Sink>, text: &str) -> Result<(), Failure> {
-    let Some(Sink(path, file)) = sink else {
-        return Ok(());
-    };
+fn write(Sink(path, file): &mut Sink, text: &str) -> Result<(), Failure> {
     file.write_all(text.as_bytes()).map_err(|e| Failure::refused(format!("{}: {e}", path.display())))
 }
 
