@@ -44,7 +44,7 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_value = "1,16,512")]
     m: Vec<usize>,
 
-    /// Calls of each contestant [default: as many as fit into a second for each comparison]
+    /// Calls of each contestant [default: as many as fit into three seconds for all contestants together]
     #[arg(long)]
     repeat: Option<usize>,
 
@@ -82,16 +82,10 @@ fn main() -> Result<(), String> {
     }
     let threads = candle_core::utils::get_num_threads();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| e.to_string())?;
-    // From a thread of the pool, as a runtime would call. candle and gemm then take their threads from it too.
-    pool.install(|| compare(&args, &pool))
-}
-
-fn compare(args: &Args, pool: &ThreadPool) -> Result<(), String> {
-    let threads = pool.current_num_threads();
-    let cpu = Cpu::try_detect().map_err(|e| e.to_string())?.with_parallelism(Parallelism::Pool(pool));
-    let read = StreamRead::new(pool).map_err(|e| e.to_string())?;
-    let mut limits = Limits { pool, read };
-    limits.read.tune(pool, 3);
+    let cpu = Cpu::try_detect().map_err(|e| e.to_string())?.with_parallelism(Parallelism::Pool(&pool));
+    let read = StreamRead::new(&pool).map_err(|e| e.to_string())?;
+    let mut limits = Limits { pool: &pool, read };
+    limits.read.tune(&pool, 3);
     let origin = Origin { date: machine::today(), cpu: name(), threads, tier: cpu.isa() };
     println!("{}, {} threads, tier {}, {}", origin.cpu, origin.threads, origin.tier, origin.date);
     println!("{}  {:>9}", table::header(true), "error");
@@ -99,7 +93,7 @@ fn compare(args: &Args, pool: &ThreadPool) -> Result<(), String> {
     let mut write =
         |line: &str| csv.as_mut().map_or(Ok(()), |file| writeln!(file, "{line}")).map_err(|e| e.to_string());
     write(COLUMNS)?;
-    let budget = Duration::from_secs(1);
+    let budget = Duration::from_secs(3);
     let wanted = |scheme: &str| args.schemes.is_empty() || args.schemes.iter().any(|s| s == scheme);
     for (scheme, what) in COMPARISONS.into_iter().filter(|(scheme, _)| wanted(scheme)) {
         println!("-- {what}");
@@ -111,7 +105,7 @@ fn compare(args: &Args, pool: &ThreadPool) -> Result<(), String> {
             for &m in &args.m {
                 let on = Operands { shape, m, x: peer::activations(m, shape.k), w: w.clone() };
                 let exact = on.first_row();
-                let mut peers = contestants(pool, cpu, &cold, &on)?;
+                let mut peers = contestants(&pool, cpu, &cold, &on)?;
                 let numbers = [shape.n, shape.k, m, threads];
                 let mut child = |python: &Option<PathBuf>, script, format| match python {
                     Some(python) => {
@@ -163,7 +157,7 @@ fn contestants<'a>(
         if acts == Acts::F32 {
             dense.x = Values::F32(on.x.clone());
         }
-        Box::new(Ours { name: format!("{scheme} {}", acts.name()), cpu, dense, n: on.shape.n })
+        Box::new(Ours { name: format!("{scheme} {}", acts.name()), pool, cpu, dense, n: on.shape.n })
     };
     let mut peers: Vec<Box<dyn Peer + 'a>> = vec![ours(Acts::Bf16)];
     match scheme {

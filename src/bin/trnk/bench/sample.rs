@@ -9,6 +9,9 @@ use trn_kernels::cpu::limits::{Peak, StreamRead, median};
 
 /// Seconds for which a peak is run before a call: a quarter of the call before, within these.
 const PEAK: std::ops::RangeInclusive<f64> = 2e-3..=2e-2;
+/// Seconds for which threads are busy with the same before it counts, as they are in a runtime that goes from one call to the next:
+/// those that sleep take long to wake, and those of another contender may have pushed two of them onto one core.
+const AWAKE: f64 = 5e-3;
 /// Calls after which nothing changes any more.
 const MOST: usize = 400;
 
@@ -104,7 +107,7 @@ struct Call {
     seconds: f64,
 }
 
-/// Calls the contenders in turn, each after a look at the limits. The first call of each is not counted.
+/// Calls the contenders in turn, each after a look at the limits and, if a call is short, some calls that are not counted.
 pub(crate) fn measure(
     limits: &mut Limits<'_>,
     peak: Option<Peak>,
@@ -118,9 +121,14 @@ pub(crate) fn measure(
     let (begin, mut rounds) = (Instant::now(), 0);
     while rounds == 0 || !sampling.enough(rounds, begin.elapsed()) {
         for (contender, calls) in contenders.iter_mut().zip(&mut calls) {
+            Peak::Avx2F32.rate(limits.pool, AWAKE);
             let read = limits.read.rate(limits.pool, contender.bytes);
             let last = calls.last().map_or(0.0, |call| call.seconds);
             let peak = peak.and_then(|peak| peak.rate(limits.pool, (last / 4.0).clamp(*PEAK.start(), *PEAK.end())));
+            let awake = Instant::now();
+            while last < AWAKE && awake.elapsed().as_secs_f64() < AWAKE {
+                (contender.call)()?;
+            }
             calls.push(Call { read, peak, seconds: (contender.call)()? });
         }
         rounds += 1;
