@@ -1,68 +1,85 @@
-//! Matmul beside this machine's read bandwidth, in one run: `cargo bench --bench matmul`.
+//! Matmul call by call under criterion: `cargo bench --bench matmul`. For shares of the machine's limits, measured beside every
+//! call, and the roofline: `trnk bench matmul`, from which the cases here come.
 //!
-//! Decode (m = 1) is reported in bytes of codes and scales read, prefill (m = 64) in floating-point operations. Decode weights
-//! rotate over copies that together exceed the last-level cache. The portable tier makes no claim of speed: this shows where it is.
+//! Decode (m = 1) is reported in bytes of codes and scales read, prefill (m = 512) in floating-point operations. Decode weights
+//! rotate over copies that together exceed twice the last-level caches.
 
+#[allow(dead_code)] // the cases of `trnk bench` that this bench has no use for
+#[path = "../src/bin/trnk/bench/case.rs"]
+mod case;
+
+use case::{Acts, Cold, Dense, Shape, Weights};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use half::bf16;
-use std::hint::black_box;
-use trn_kernels::matmul::MatmulOptions;
-use trn_kernels::num::Fp8;
-use trn_kernels::quant::QuantizedMatrix;
-use trn_kernels::{Cpu, MatMut, MatRef, Workspace};
+use std::time::Duration;
+use trn_kernels::cpu::limits::{Peak, StreamRead, last_level_caches};
+use trn_kernels::{Cpu, Parallelism};
 
 /// gpt-oss's hidden size.
-const N: usize = 2880;
-const K: usize = 2880;
-/// More than the last-level cache of most machines.
-const COLD: usize = 192 << 20;
+const SHAPE: Shape = Shape { n: 2880, k: 2880 };
+const PREFILL: usize = 512;
+/// Seconds that a peak is run for.
+const PEAK: f64 = 0.02;
 
-fn pattern(bytes: usize) -> Vec<u8> {
-    (0..bytes).map(|i| (i.wrapping_mul(0x9E37_79B1) >> 13) as u8 & 0x77).collect()
+fn pool() -> rayon::ThreadPool {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads start")
 }
 
-fn read_bandwidth(c: &mut Criterion) {
-    let data: Vec<u64> = (0..COLD as u64 / 8).collect();
+/// What the machine can do, in this run.
+fn limits(c: &mut Criterion) {
+    let pool = pool();
+    let mut read = StreamRead::new(&pool).expect("memory for four times the last-level caches");
+    read.tune(&pool, 3);
     let mut group = c.benchmark_group("limit");
-    group.throughput(Throughput::Bytes(COLD as u64)).sample_size(10);
-    group.bench_function("read, one stream", |b| b.iter(|| black_box(&data).iter().fold(0u64, |s, x| s ^ x)));
+    group.sample_size(10).throughput(Throughput::Bytes(read.bytes() as u64));
+    let name = format!("read, {}", read.pattern());
+    // The measurement itself says how long a read took: the time until threads wake is not the memory's.
+    group.bench_function(name, |b| {
+        b.iter_custom(|calls| {
+            let seconds: f64 = (0..calls).map(|_| read.bytes() as f64 / read.rate(&pool, read.bytes())).sum();
+            Duration::from_secs_f64(seconds)
+        });
+    });
+    for peak in Peak::ALL {
+        if let Some(reason) = peak.missing() {
+            println!("limit/{peak}: skipped, {reason}");
+            continue;
+        }
+        let flop = 1e9;
+        group.throughput(Throughput::Elements(flop as u64));
+        group.bench_function(peak.name(), |b| {
+            b.iter_custom(|calls| {
+                let seconds = peak.rate(&pool, PEAK).map_or(0.0, |rate| flop / rate);
+                Duration::from_secs_f64(seconds * calls as f64)
+            });
+        });
+    }
     group.finish();
 }
 
 fn matmul(c: &mut Criterion) {
-    let (codes4, scales, codes8) = (pattern(N * K / 2), vec![120u8; N * K / 32], pattern(N * K));
-    let weights = [
-        ("mxfp4", QuantizedMatrix::mxfp4(N, K, &codes4, &scales)),
-        ("mxfp8 e4m3", QuantizedMatrix::mxfp8(Fp8::E4M3Fn, N, K, &codes8, &scales)),
-        ("fp8 per channel", QuantizedMatrix::fp8_per_channel(Fp8::E4M3Fn, N, K, &codes8, vec![0.01; N])),
-    ];
-    let cpu = Cpu::detect();
-    let mut ws = Workspace::new();
-    for (name, w) in weights {
-        let w = w.expect("shapes fit");
-        let packed = cpu.pack(&w).expect("supported");
-        let copies: Vec<_> = (0..COLD.div_ceil(packed.bytes())).map(|_| packed.clone()).collect();
+    let pool = pool();
+    let cpu = Cpu::try_detect()
+        .expect("TRN_KERNELS_ISA names a tier of this host")
+        .with_parallelism(Parallelism::Pool(&pool));
+    for (name, scheme) in case::SCHEMES {
+        let weights = Weights::random(scheme, SHAPE, 3);
+        let cold = Cold::new(&cpu, weights, 2 * last_level_caches()).expect("supported");
         let mut group = c.benchmark_group(name);
         group.sample_size(10);
-        for m in [1, 64] {
-            let x = vec![bf16::from_f32(0.5); m * K];
-            let mut y = vec![bf16::ZERO; m * N];
+        for m in [1, PREFILL] {
+            let mut dense = Dense::new(&cold, Acts::Bf16, m);
             group.throughput(match m {
-                1 => Throughput::Bytes(packed.bytes() as u64),
-                _ => Throughput::Elements((2 * m * N * K) as u64),
+                1 => Throughput::Bytes(dense.bytes() as u64),
+                _ => Throughput::Elements(dense.flops() as u64),
             });
-            let mut next = copies.iter().cycle();
-            group.bench_function(format!("m = {m}"), |b| {
-                b.iter(|| {
-                    let w = next.next().expect("a cycle has no end");
-                    let (x, y) = (MatRef::new(&x, m, K).expect("fits"), MatMut::new(&mut y, m, N).expect("fits"));
-                    cpu.matmul(x, w, y, &MatmulOptions::default(), &mut ws).expect("fits");
-                });
-            });
+            // From a thread of the pool, as a runtime would call.
+            group.bench_function(format!("m = {m}"), |b| pool.install(|| b.iter(|| dense.call(&cpu).expect("fits"))));
+            dense.check().expect("within the bound of the oracle");
         }
         group.finish();
     }
 }
 
-criterion_group!(benches, read_bandwidth, matmul);
+criterion_group!(benches, limits, matmul);
 criterion_main!(benches);

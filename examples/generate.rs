@@ -21,6 +21,9 @@ use trn_kernels::neuron::{Library, LoadOptions, Runtime, RuntimeOptions};
 use trn_kernels::num::{Fp8, Real};
 use trn_kernels::{Cpu, Parallelism, layer};
 
+/// Why it ended early; may cross threads, because a pool's thread generates.
+type Failure = Box<dyn Error + Send + Sync>;
+
 /// Most threads that are started: beyond this a number is a slip of the keyboard.
 const MAX_THREADS: usize = 1024;
 
@@ -103,7 +106,7 @@ enum On {
     Neuron,
 }
 
-fn backend<'w>(args: &Args, cpu: Cpu<'w>) -> Result<Box<dyn Backend<'w> + 'w>, Box<dyn Error>> {
+fn backend<'w>(args: &Args, cpu: Cpu<'w>) -> Result<Box<dyn Backend<'w> + 'w>, Failure> {
     Ok(match args.backend {
         On::Cpu => Box::new(CpuBackend::new(cpu)),
         On::Oracle => Box::new(OracleBackend::new()),
@@ -148,7 +151,7 @@ fn main() {
     }
 }
 
-fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+fn run(args: &Args) -> Result<(), Failure> {
     let threads = match args.threads {
         Some(threads) => threads,
         None => std::thread::available_parallelism()?.get(),
@@ -170,14 +173,15 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     // Opened before the long work, so that a path that cannot be written costs nothing.
     let output = args.logits.as_deref().map(LogitsFile::create).transpose()?;
 
-    match args.acts {
+    // From a thread of the pool: it works along, where one outside would have to wake the pool for every call and wait.
+    pool.install(|| match args.acts {
         Acts::F32 => generate::<f32>(args, cpu, &source, &prompt, output),
         Acts::Bf16 | Acts::Mxfp8 => generate::<bf16>(args, cpu, &source, &prompt, output),
-    }
+    })
 }
 
 /// Refuses formats whose blocks do not divide the model's axes, before the long work.
-fn check_blocks(args: &Args, config: &GptOssConfig) -> Result<(), Box<dyn Error>> {
+fn check_blocks(args: &Args, config: &GptOssConfig) -> Result<(), Failure> {
     let (kv, width) = (args.kv_format(), config.num_attention_heads * config.head_dim);
     if !config.head_dim.is_multiple_of(kv.block()) {
         return Err(format!("--kv {kv:?}: head_dim is {}, needed a multiple of {}", config.head_dim, kv.block()).into());
@@ -195,7 +199,7 @@ fn generate<T: Real>(
     source: &GptOss<'_>,
     prompt: &[u32],
     output: Option<LogitsFile>,
-) -> Result<(), Box<dyn Error>> {
+) -> Result<(), Failure> {
     let mut backend = backend(args, cpu)?;
     let bar = progress(source.config().num_hidden_layers, "packing layers");
     let clock = Instant::now();
@@ -246,7 +250,7 @@ fn generate<T: Real>(
 }
 
 /// The prompt, every id checked against the vocabulary.
-fn prompt(args: &Args, vocab: usize) -> Result<Vec<u32>, Box<dyn Error>> {
+fn prompt(args: &Args, vocab: usize) -> Result<Vec<u32>, Failure> {
     let ids = match (&args.tokens, &args.tokens_file) {
         (Some(ids), _) => ids.clone(),
         (None, Some(file)) => parse_ids(file)?,
@@ -261,14 +265,14 @@ fn prompt(args: &Args, vocab: usize) -> Result<Vec<u32>, Box<dyn Error>> {
     }
 }
 
-fn parse_ids(file: &Path) -> Result<Vec<u32>, Box<dyn Error>> {
+fn parse_ids(file: &Path) -> Result<Vec<u32>, Failure> {
     let text = std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))?;
     let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
     words.map(|w| w.parse().map_err(|e| format!("{}: token id {w:?}: {e}", file.display()).into())).collect()
 }
 
 /// `prompt` of `reference.safetensors`, which test models carry.
-fn reference_prompt(model: &Path) -> Result<Vec<u32>, Box<dyn Error>> {
+fn reference_prompt(model: &Path) -> Result<Vec<u32>, Failure> {
     let path = model.join("reference.safetensors");
     if !path.exists() {
         return Err(format!("no prompt: give --tokens or --tokens-file ({} has no reference)", model.display()).into());
@@ -298,7 +302,7 @@ struct LogitsFile {
 }
 
 impl LogitsFile {
-    fn create(path: &Path) -> Result<Self, Box<dyn Error>> {
+    fn create(path: &Path) -> Result<Self, Failure> {
         if path.is_dir() {
             return Err(format!("{}: is a folder, needed a file", path.display()).into());
         }
@@ -307,7 +311,7 @@ impl LogitsFile {
         Ok(LogitsFile { temporary, path: path.into() })
     }
 
-    fn write(self, logits: &[f32], tokens: usize, vocab: usize, generated: &[u32]) -> Result<(), Box<dyn Error>> {
+    fn write(self, logits: &[f32], tokens: usize, vocab: usize, generated: &[u32]) -> Result<(), Failure> {
         let logits: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
         let ids: Vec<u8> = generated.iter().flat_map(|id| i64::from(*id).to_le_bytes()).collect();
         let tensors = [

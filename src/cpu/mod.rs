@@ -4,6 +4,8 @@ mod dot;
 mod flush;
 mod isa;
 pub mod knobs;
+#[cfg(feature = "limits")]
+pub mod limits;
 mod parallel;
 mod simd;
 mod tier;

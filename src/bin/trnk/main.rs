@@ -1,6 +1,7 @@
 //! `trnk`: the command line of trn-kernels. Each subcommand is a file of its own.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod chip;
 mod cost;
 mod failure;
@@ -23,6 +24,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// How fast this machine runs kernels on its CPU, beside what the machine can do, both measured
+    Bench(bench::Args),
     /// What a device kernel would take on a chip, engine by engine: a model from documented constants, not a measurement
     Cost(cost::Args),
     /// Whether this machine can run kernels on a NeuronCore, what there is, and what to do next
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
     let command = command.mut_subcommand("probe", |c| c.after_long_help(probe::LONG_HELP));
     let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
     let done = match cli.command {
+        Command::Bench(args) => bench::run(&args),
         Command::Cost(args) => cost::run(&args),
         Command::Probe(args) => probe::run(&args),
     };

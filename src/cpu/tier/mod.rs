@@ -6,6 +6,8 @@ pub(crate) mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(feature = "limits")]
+pub(super) mod limits;
 mod portable;
 
 use super::isa::{AmxToken, Avx2Token, Avx512Token, Isa};
