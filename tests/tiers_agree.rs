@@ -21,16 +21,16 @@ const TINY: Blocking = Blocking {
     chunk_steps: 1,
     k_block: 64,
     tile_steps: 1,
-    tile_panels: 1,
     rows: 9,
     sums: 16 * 16 * 4,
+    scratch: 1,
     tasks: 3,
     store: 64,
     fork: 0,
 };
 
 /// The same with blocks of rows that AMX's two rows of tiles do not divide.
-const ROWS: Blocking = Blocking { tile_steps: 8, tile_panels: 3, rows: 43, sums: 1 << 20, ..TINY };
+const ROWS: Blocking = Blocking { tile_steps: 8, rows: 43, sums: 5 * 43 * 64, ..TINY };
 
 fn run(cpu: Cpu<'_>, x: Activations<'_>, w: &PackedMatrix) -> Vec<u32> {
     let (m, n) = (x.m(), w.n());

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 use super::isa::Caches;
-use super::simd::LANES;
 
 /// `TRN_KERNELS_ISA`: `portable`, `avx2`, `avx512` or `amx`; not set by default. Caps the tier that [`Cpu::detect`] takes, to
 /// compare or measure tiers. Read once in a process.
@@ -34,15 +33,14 @@ pub struct Blocking {
     /// Steps that the AMX kernel decodes at a time, rounded up to groups of 4. Default 16: two panels are then 32 KiB of tiles, two
     /// thirds of the first-level cache of every CPU with AMX.
     pub tile_steps: usize,
-    /// Panels whose sums the AMX kernel takes through all of k before it goes on. Default: so many that sums of a block of rows
-    /// fill a quarter of L2; x of the decoded steps fills another.
-    pub tile_panels: usize,
+    /// Bytes of sums that a task takes through all of k, and stores, before it goes on with other columns. Default: a quarter of L2,
+    /// so that sums are stored from there; x of a block of k fills as much.
+    pub sums: usize,
     /// Most rows of x at a time. Default 512: a decoded weight is used 512 times, so decoding costs below 1 %, and sums and rows
     /// of x still fit L2 in blocks.
     pub rows: usize,
-    /// Most f32 of sums and scratch memory at a time. Default 2^22: 16 MiB bound the workspace when n is a vocabulary or experts
-    /// are many.
-    pub sums: usize,
+    /// Most f32 of the tasks' scratch memory at a time. Default 2^22: 16 MiB bound the workspace when experts are many.
+    pub scratch: usize,
     /// Tasks for each thread. Default 4: a slow core then holds up the rest by an eighth of the work, and a fork stays cheap.
     pub tasks: usize,
     /// Elements of x or y that a thread loads or stores at a time, at least a row. Default 65536: they take what a fork costs, 10
@@ -64,9 +62,9 @@ impl Blocking {
             chunk_steps,
             k_block: (caches.l2 / 2 / (rows * size_of::<f32>())).max(chunk_steps * 32),
             tile_steps: 16,
-            tile_panels: (caches.l2 / 4 / (rows * LANES * size_of::<f32>())).max(2),
+            sums: caches.l2 / 4,
             rows,
-            sums: 1 << 22,
+            scratch: 1 << 22,
             tasks: 4,
             store: 1 << 16,
             fork: 1 << 21,
@@ -87,9 +85,9 @@ impl Blocking {
             chunk_steps: self.chunk_steps.clamp(1, MAX_CHUNK_STEPS),
             k_block: self.k_block.max(1),
             tile_steps: self.tile_steps.clamp(1, MAX_CHUNK_STEPS),
-            tile_panels: self.tile_panels.clamp(1, usize::MAX / 2),
-            rows: self.rows.max(1),
             sums: self.sums.max(1),
+            rows: self.rows.max(1),
+            scratch: self.scratch.max(1),
             tasks: self.tasks.max(1),
             store: self.store,
             fork: self.fork,

@@ -2,6 +2,7 @@
 
 mod dot;
 mod flush;
+mod handout;
 mod isa;
 pub mod knobs;
 #[cfg(feature = "limits")]
@@ -18,11 +19,12 @@ pub use workspace::Workspace;
 
 pub(crate) use dot::{PanelDot, flushed};
 pub(crate) use flush::{Range, Smallest, flush, flush_free};
+pub(crate) use handout::Handout;
 pub(crate) use isa::AmxToken;
 pub(crate) use parallel::{for_each, for_each_zip};
 pub(crate) use simd::{Fp8Bits, LANES, LINE, STEP, Simd};
 pub(crate) use tier::{Kernel, Tier, amx};
-pub(crate) use workspace::{Floats, Lines};
+pub(crate) use workspace::{Lines, Scratch};
 
 use crate::error::Result;
 

@@ -8,49 +8,56 @@ use crate::error::{Error, Result};
 /// needed and then stays, so that repeated calls allocate nothing.
 #[derive(Debug, Default)]
 pub struct Workspace {
-    floats: Floats,
+    scratch: Scratch,
     indices: Vec<usize>,
 }
 
 impl Workspace {
     /// Empty; grows on first use.
     pub const fn new() -> Self {
-        Workspace { floats: Floats(Vec::new()), indices: Vec::new() }
+        Workspace { scratch: Scratch { floats: Vec::new(), claims: Vec::new() }, indices: Vec::new() }
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.floats.0.capacity() * size_of::<f32>() + self.indices.capacity() * size_of::<usize>()
+        let words = self.indices.capacity() + self.scratch.claims.capacity();
+        self.scratch.floats.capacity() * size_of::<f32>() + words * size_of::<usize>()
     }
 
     /// `floats` and `indices` elements of scratch with arbitrary contents. The floats begin at a cache line.
     pub(crate) fn take(&mut self, floats: usize, indices: usize) -> (&mut [f32], &mut [usize]) {
         let (rest, indices) = self.take_indices(indices);
-        (rest.take(floats), indices)
+        (rest.take(floats, 0).0, indices)
     }
 
-    /// `indices` elements of scratch with arbitrary contents, and where to take floats from when their number is known.
-    pub(crate) fn take_indices(&mut self, indices: usize) -> (&mut Floats, &mut [usize]) {
+    /// `indices` elements of scratch with arbitrary contents, and where to take the rest from when its size is known.
+    pub(crate) fn take_indices(&mut self, indices: usize) -> (&mut Scratch, &mut [usize]) {
         if self.indices.len() < indices {
             self.indices.resize(indices, 0);
         }
-        (&mut self.floats, &mut self.indices[..indices])
+        (&mut self.scratch, &mut self.indices[..indices])
     }
 }
 
-/// The f32 of a [`Workspace`].
+/// What a [`Workspace`] holds beside indices.
 #[derive(Debug, Default)]
-pub(crate) struct Floats(Vec<f32>);
+pub(crate) struct Scratch {
+    floats: Vec<f32>,
+    claims: Vec<usize>,
+}
 
-impl Floats {
-    /// So many, with arbitrary contents, from a cache line on.
-    pub(crate) fn take(&mut self, floats: usize) -> &mut [f32] {
+impl Scratch {
+    /// So many f32 from a cache line on, and claim words of a [`Handout`](super::Handout), with arbitrary contents.
+    pub(crate) fn take(&mut self, floats: usize, claims: usize) -> (&mut [f32], &mut [usize]) {
         let room = floats + LINE / size_of::<f32>();
-        if self.0.len() < room {
-            self.0.resize(room, 0.0);
+        if self.floats.len() < room {
+            self.floats.resize(room, 0.0);
         }
-        let skip = self.0.as_ptr().align_offset(LINE).min(room - floats);
-        &mut self.0[skip..skip + floats]
+        if self.claims.len() < claims {
+            self.claims.resize(claims, 0);
+        }
+        let skip = self.floats.as_ptr().align_offset(LINE).min(room - floats);
+        (&mut self.floats[skip..skip + floats], &mut self.claims[..claims])
     }
 }
 

@@ -234,17 +234,12 @@ impl Amx<'_> {
         let (panels, groups) = (self.sums.len() / self.rows, self.layout.steps().div_ceil(GROUP));
         let tile = self.tiles.map(|t| t.k);
         let chunk = chunk(&self.blocking, tile, self.layout.steps());
-        // Sums of these panels and x of a chunk stay in the second-level cache.
-        let set = self.blocking.tile_panels.next_multiple_of(BLOCK_PANELS);
-        for panel in (0..panels).step_by(set) {
-            for first in (0..groups).step_by(chunk) {
-                let count = chunk.min(groups - first);
-                self.many_chunk(panel..(panel + set).min(panels), first, count);
-            }
+        for first in (0..groups).step_by(chunk) {
+            self.many_chunk(panels, first, chunk.min(groups - first));
         }
     }
 
-    fn many_chunk(&mut self, panels: std::ops::Range<usize>, first: usize, count: usize) {
+    fn many_chunk(&mut self, panels: usize, first: usize, count: usize) {
         let Amx { token, layout, rows, tiles, .. } = *self;
         let (code, all_steps) = (code(layout.scheme()), layout.steps());
         let (steps, offset, panel_bytes) =
@@ -261,8 +256,8 @@ impl Amx<'_> {
             }
         }
         let of_panels = of_panels.as_chunks_mut().0.as_chunks_mut().0;
-        for panel in panels.clone().step_by(BLOCK_PANELS) {
-            let together = BLOCK_PANELS.min(panels.end - panel);
+        for panel in (0..panels).step_by(BLOCK_PANELS) {
+            let together = BLOCK_PANELS.min(panels - panel);
             let data = &self.data[panel * panel_bytes + offset..];
             let (w, panel_stride): (&[u8], usize) = if code == TileCode::Bf16 {
                 (data, panel_bytes)

@@ -3,11 +3,11 @@
 #![forbid(unsafe_code)]
 
 use super::driver::{Block, Plan, Problem, Rows, stride, tile, work};
-use super::epilogue::{FinishRow, MatmulOptions, RowEpilogue, Sums, store};
+use super::epilogue::{Finish, MatmulOptions, RowEpilogue, Target};
 use super::layout::PackedLayout;
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
-use crate::cpu::{Blocking, Cpu, Floats, for_each, for_each_zip};
+use crate::cpu::{Blocking, Cpu, Scratch, for_each, for_each_zip};
 use crate::error::Result;
 
 /// Most blocks in a batch: they are listed on the stack.
@@ -61,7 +61,7 @@ impl Size {
                 task_scratch: size.task_scratch.max(plan.task_scratch(layout)),
             };
             let memory = more.tasks.saturating_mul(more.task_sums + more.task_scratch);
-            let fits = more.rows <= blocking.rows && memory <= blocking.sums;
+            let fits = more.rows <= blocking.rows && memory <= blocking.scratch;
             if size.blocks > 0 && (more.blocks > BLOCKS || !fits) {
                 break;
             }
@@ -119,8 +119,9 @@ impl<'a> Call<'a> {
     }
 
     /// Computes y.
-    pub(super) fn run(&self, y: &mut Output<'_>, scratch: &mut Floats) {
-        let scratch = scratch.take(self.scratch());
+    pub(super) fn run(&self, y: &mut Output<'_>, scratch: &mut Scratch) {
+        let (scratch, claims) = scratch.take(self.scratch(), Target::claims(y));
+        let Some(y) = &Target::new(y, claims) else { return };
         self.cpu.parallelism().enter(|| {
             let mut pieces = self.pieces();
             loop {
@@ -133,7 +134,7 @@ impl<'a> Call<'a> {
         });
     }
 
-    fn batch(&self, size: Size, pieces: impl Iterator<Item = Piece>, y: &mut Output<'_>, scratch: &mut [f32]) {
+    fn batch(&self, size: Size, pieces: impl Iterator<Item = Piece>, y: &Target<'_>, scratch: &mut [f32]) {
         let Call { cpu, x, w, layout, rows, .. } = self;
         let (threads, stride) = (cpu.parallelism(), stride(layout));
         let (mut a, scratch) = scratch.split_at_mut(size.rows * stride);
@@ -158,30 +159,19 @@ impl<'a> Call<'a> {
 
         let blocks = &*blocks;
         for_each_zip(threads, (&mut *sums, size.task_sums), (scratch, size.task_scratch), |t, sums, scratch| {
-            if let Some((_, first, block)) = blocks.iter().flatten().rfind(|(_, first, _)| *first <= t) {
-                block.task(t - first, sums, scratch);
-            }
-        });
-
-        let positions = blocks.iter().flatten().map(|(_, _, block)| block.positions());
-        let (start, end) = positions.fold((usize::MAX, 0), |all, own| (all.0.min(own.start), all.1.max(own.end)));
-        let sums = &*sums;
-        let of = |row: usize| {
-            let position = rows.position(row);
-            let mut blocks = blocks.iter().flatten();
-            let (expert, first_task, block) = blocks.find(|(_, _, block)| block.positions().contains(&position))?;
+            let Some((expert, first, block)) = blocks.iter().flatten().rfind(|(_, first, _)| *first <= t) else {
+                return;
+            };
             let n = layout.n();
             let bias = self.options.bias.map(|bias| &bias[expert * n..(expert + 1) * n]);
-            Some(FinishRow {
-                epilogue: RowEpilogue::new(self.options, bias),
-                sums: Sums::new(&sums[first_task * size.task_sums..], size.task_sums, block),
-                i: position - block.positions().start,
-                of_row: block.outer_scale(position),
-                outer: w[*expert].outer(),
-            })
-        };
-        let here = rows.destinations(start..end);
-        let part = cpu.blocking().part(here.len(), layout.n());
-        store(cpu, y, (here, part), of);
+            block.task(t - first, (sums, scratch), |positions, first_panel, sums| {
+                let epilogue = RowEpilogue::new(self.options, bias);
+                let finish = Finish { epilogue, first_panel, sums, outer: w[*expert].outer() };
+                finish.run(cpu.tier(), y, positions.len(), |i| {
+                    let position = positions.start + i;
+                    (rows.destination(position), block.outer_scale(position))
+                });
+            });
+        });
     }
 }

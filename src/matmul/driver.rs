@@ -20,8 +20,8 @@ use std::sync::Mutex;
 pub(super) enum Rows<'a> {
     /// Row p at position p.
     Each,
-    /// Row `slots[p] / share` of x to row `slots[p]` of y at position p; row s of y is at position `positions[s]`.
-    Slots { slots: &'a [usize], positions: &'a [usize], share: usize },
+    /// Row `slots[p] / share` of x to row `slots[p]` of y at position p.
+    Slots { slots: &'a [usize], share: usize },
 }
 
 impl Rows<'_> {
@@ -33,19 +33,11 @@ impl Rows<'_> {
         }
     }
 
-    /// The position of a row of y.
-    pub(super) fn position(&self, row: usize) -> usize {
+    /// The row of y at a position.
+    pub(super) fn destination(&self, position: usize) -> usize {
         match self {
-            Rows::Each => row,
-            Rows::Slots { positions, .. } => positions[row],
-        }
-    }
-
-    /// Rows of y among which are those at the given positions.
-    pub(super) fn destinations(&self, positions: std::ops::Range<usize>) -> std::ops::Range<usize> {
-        match self {
-            Rows::Each => positions,
-            Rows::Slots { slots, .. } => 0..slots.len(),
+            Rows::Each => position,
+            Rows::Slots { slots, .. } => slots[position],
         }
     }
 }
@@ -58,6 +50,8 @@ pub(super) struct Plan {
     /// Panels and rows in a task, and how many tasks there are along each.
     pub(super) task_panels: usize,
     pub(super) task_rows: usize,
+    /// Panels that a task finishes before it goes on.
+    pub(super) set_panels: usize,
     pub(super) panel_tasks: usize,
     pub(super) row_tasks: usize,
     /// Whether tiles are tried first: what they do not take falls to the kernels below.
@@ -110,7 +104,7 @@ impl Plan {
         let amx = cpu.tier().amx().filter(|_| in_bf16 && amx::takes(tile, w.k()));
         let (block, decode_rows) = cpu.tier().block();
         let (blocking, panels, threads) = (cpu.blocking(), w.panels().max(1), cpu.parallelism().threads().max(1));
-        let rows = (blocking.sums / panels.saturating_mul(LANES)).clamp(1, blocking.rows).min(m.max(1));
+        let rows = blocking.rows.min(m.max(1));
         // What a kernel walks together stays together if every thread has a task all the same.
         let unit = match amx {
             Some(_) if rows <= amx::TILE_ROWS => amx::FEW_PANELS,
@@ -129,16 +123,30 @@ impl Plan {
         let row_tasks = if panel_tasks >= threads { 1 } else { wanted.div_ceil(panel_tasks) };
         let task_rows = rows.div_ceil(row_tasks).next_multiple_of(if row_tasks == 1 { 1 } else { row_unit });
         let row_tasks = rows.div_ceil(task_rows);
-        Plan { rows, task_panels, task_rows, panel_tasks, row_tasks, amx, decode_rows, block, tile, blocking }
+        let set = (blocking.sums / (task_rows * LANES * size_of::<f32>())).max(1);
+        let set_panels = set.checked_next_multiple_of(unit).unwrap_or(set).min(task_panels);
+        Plan {
+            rows,
+            task_panels,
+            task_rows,
+            set_panels,
+            panel_tasks,
+            row_tasks,
+            amx,
+            decode_rows,
+            block,
+            tile,
+            blocking,
+        }
     }
 
     pub(super) fn tasks(&self) -> usize {
         self.panel_tasks * self.row_tasks
     }
 
-    /// f32 of a task's sums, `[panel][row][LANES]`.
+    /// f32 of a task's sums, `[panel of a set][row][LANES]`.
     pub(super) fn task_sums(&self) -> usize {
-        self.task_panels * self.task_rows * LANES
+        self.set_panels * self.task_rows * LANES
     }
 
     /// f32 of decoded weights.
@@ -282,14 +290,6 @@ impl<'a> Block<'a> {
         Block { problem, rows, first, count, a, amx: None, quick: Quick::NOTHING }
     }
 
-    pub(super) fn positions(&self) -> std::ops::Range<usize> {
-        self.first..self.first + self.count
-    }
-
-    pub(super) fn plan(&self) -> &Plan {
-        &self.problem.plan
-    }
-
     /// The f32 scale of the row at a position, if that does not change along k.
     pub(super) fn outer_scale(&self, position: usize) -> f32 {
         match self.problem.x.scale_tile() {
@@ -306,10 +306,14 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// The sums of a task, `[panel][row][LANES]`.
-    pub(super) fn task(&self, task: usize, sums: &mut [f32], scratch: &mut [f32]) {
-        let Block { problem: Problem { cpu, plan, x, w }, rows, count, amx, quick, .. } = *self;
-        let stride = stride(&w.layout);
+    /// The sums of a task, one set of panels after the other: `finish(positions, first panel, sums)`, those `[panel][row]`.
+    pub(super) fn task(
+        &self,
+        task: usize,
+        (sums, scratch): (&mut [f32], &mut [f32]),
+        finish: impl Fn(std::ops::Range<usize>, usize, &[[f32; LANES]]),
+    ) {
+        let Block { problem: Problem { plan, w, .. }, count, .. } = *self;
         let first_panel = task / plan.row_tasks * plan.task_panels;
         let first_row = task % plan.row_tasks * plan.task_rows;
         // The last block of rows may leave tasks without any.
@@ -318,7 +322,25 @@ impl<'a> Block<'a> {
         if rows_here == 0 || panels == 0 {
             return;
         }
-        let sums = &mut sums.as_chunks_mut().0[..panels * rows_here];
+        let positions = self.first + first_row..self.first + first_row + rows_here;
+        for set in (first_panel..first_panel + panels).step_by(plan.set_panels) {
+            let set_panels = plan.set_panels.min(first_panel + panels - set);
+            let sums = &mut sums.as_chunks_mut().0[..set_panels * rows_here];
+            self.set(set, (first_row, rows_here), sums, scratch);
+            finish(positions.clone(), set, sums);
+        }
+    }
+
+    /// The sums of consecutive panels with some rows.
+    fn set(
+        &self,
+        first_panel: usize,
+        (first_row, rows_here): (usize, usize),
+        sums: &mut [[f32; LANES]],
+        scratch: &mut [f32],
+    ) {
+        let Block { problem: Problem { cpu, plan, x, w }, rows, count, amx, quick, .. } = *self;
+        let stride = stride(&w.layout);
         let data = w.data.get().get(first_panel * w.layout.panel_bytes()..).unwrap_or_default();
         let tiles = plan.tile.map(|k| Tiles { k, x, w, rows, first: self.first + first_row });
         let blocking = plan.blocking;

@@ -1,13 +1,12 @@
 //! What happens to a sum before it is stored.
 #![forbid(unsafe_code)]
 
-use super::driver::{Block, Plan};
 use super::operand::Output;
 use super::packed::Outer;
-use crate::cpu::{Cpu, Kernel, LANES, Simd, for_each};
+use crate::cpu::{Handout, Kernel, LANES, Simd, Tier};
 use crate::num::{Real, math, rounded};
 use crate::view::MatMut;
-use std::ops::Range;
+use half::{bf16, f16};
 
 /// Element-wise function applied last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,95 +75,74 @@ pub(super) struct RowEpilogue<'a> {
     bias: Option<&'a [f32]>,
 }
 
-/// Sums of a block as its tasks leave them: for each task `task` f32, `[panel][row][LANES]`.
-#[derive(Clone, Copy)]
-pub(super) struct Sums<'a> {
-    sums: &'a [f32],
-    task: usize,
-    /// Rows of all tasks side by side, how many tasks that are, and rows and panels of one.
-    rows: usize,
-    row_tasks: usize,
-    task_rows: usize,
-    task_panels: usize,
-}
-
-impl<'a> Sums<'a> {
-    pub(super) fn new(sums: &'a [f32], task: usize, block: &Block<'_>) -> Self {
-        let Plan { row_tasks, task_rows, task_panels, .. } = *block.plan();
-        Sums { sums, task, rows: block.positions().len(), row_tasks, task_rows, task_panels }
-    }
-
-    /// Sums of row i with a panel.
-    #[inline(always)]
-    fn get(&self, i: usize, panel: usize) -> &[f32; LANES] {
-        let (of_rows, row) = (i / self.task_rows, i % self.task_rows);
-        let rows = self.task_rows.min(self.rows - of_rows * self.task_rows);
-        let at = (panel / self.task_panels * self.row_tasks + of_rows) * self.task;
-        let at = at + (panel % self.task_panels * rows + row) * LANES;
-        self.sums.get(at..).and_then(|s| s.first_chunk()).unwrap_or(&[0.0; LANES])
-    }
-}
-
 impl<'a> RowEpilogue<'a> {
     pub(super) fn new(options: &MatmulOptions<'a>, bias: Option<&'a [f32]>) -> Self {
         RowEpilogue { alpha: options.alpha, accumulate: options.accumulate, activation: options.activation, bias }
     }
 }
 
-/// What a row of y is made of.
-pub(super) struct FinishRow<'a> {
-    pub(super) epilogue: RowEpilogue<'a>,
-    /// Row i of these.
-    pub(super) sums: Sums<'a>,
-    pub(super) i: usize,
-    /// The f32 scale of the row of x, and those of the weights.
-    pub(super) of_row: f32,
-    pub(super) outer: &'a Outer,
+/// y, from which tasks take the parts that they finish.
+pub(super) enum Target<'a> {
+    F32(Handout<'a, f32>),
+    Bf16(Handout<'a, bf16>),
+    F16(Handout<'a, f16>),
 }
 
-/// Stores those of the given rows of `y` that `of(row)` knows, `part` rows at a time in parallel.
-pub(super) fn store<'a>(
-    cpu: &Cpu<'_>,
-    y: &mut Output<'_>,
-    rows: (Range<usize>, usize),
-    of: impl Fn(usize) -> Option<FinishRow<'a>> + Sync,
-) {
-    match y {
-        Output::F32(y) => store_as(cpu, y, rows, of),
-        Output::Bf16(y) => store_as(cpu, y, rows, of),
-        Output::F16(y) => store_as(cpu, y, rows, of),
+impl<'a> Target<'a> {
+    /// Claim words that y needs.
+    pub(super) fn claims(y: &Output<'_>) -> usize {
+        Handout::<f32>::claims(y.m(), y.n())
+    }
+
+    /// `None` if y does not fit its own slice, which views do not allow.
+    pub(super) fn new(y: &'a mut Output<'_>, claims: &'a mut [usize]) -> Option<Target<'a>> {
+        fn of<'a, T>(y: &'a mut MatMut<'_, T>, claims: &'a mut [usize]) -> Option<Handout<'a, T>> {
+            // The stride of a single row means nothing and may be smaller than the row.
+            let extents = (y.rows(), y.cols(), if y.rows() == 1 { y.cols() } else { y.row_stride() });
+            Handout::new(y.data_mut(), extents, claims)
+        }
+        Some(match y {
+            Output::F32(y) => Target::F32(of(y, claims)?),
+            Output::Bf16(y) => Target::Bf16(of(y, claims)?),
+            Output::F16(y) => Target::F16(of(y, claims)?),
+        })
     }
 }
 
-fn store_as<'a, T: Real>(
-    cpu: &Cpu<'_>,
-    y: &mut MatMut<'_, T>,
-    (rows, part): (Range<usize>, usize),
-    of: impl Fn(usize) -> Option<FinishRow<'a>> + Sync,
-) {
-    // The stride of a single row means nothing and may be smaller than the row.
-    let (n, stride) = (y.cols(), if y.rows() == 1 { y.cols() } else { y.row_stride() });
-    let Some(data) = y.data_mut().get_mut(rows.start * stride..(rows.end - 1) * stride + n) else { return };
-    for_each(cpu.parallelism(), (data, part * stride), |p, data| {
-        for (i, y) in data.chunks_mut(stride).enumerate() {
-            if let (Some(row), Some(y)) = (of(rows.start + p * part + i), y.get_mut(..n)) {
-                cpu.tier().run(StoreRow { row, y });
-            }
+/// Finishes sums of some rows with consecutive panels.
+pub(super) struct Finish<'a> {
+    pub(super) epilogue: RowEpilogue<'a>,
+    pub(super) first_panel: usize,
+    /// `[panel][row]`.
+    pub(super) sums: &'a [[f32; LANES]],
+    /// f32 scales of the weights.
+    pub(super) outer: &'a Outer,
+}
+
+impl Finish<'_> {
+    /// Stores the rows; `row(i)` is the row of y and the f32 scale of the row of x.
+    pub(super) fn run(self, tier: Tier, y: &Target<'_>, rows: usize, row: impl Fn(usize) -> (usize, f32)) {
+        match y {
+            Target::F32(y) => tier.run(FinishAs { finish: self, y, rows, row }),
+            Target::Bf16(y) => tier.run(FinishAs { finish: self, y, rows, row }),
+            Target::F16(y) => tier.run(FinishAs { finish: self, y, rows, row }),
         }
-    });
+    }
 }
 
-/// Scales, finishes and rounds one row.
-struct StoreRow<'a, T> {
-    row: FinishRow<'a>,
-    y: &'a mut [T],
+/// [`Finish`], compiled for a tier and a type.
+struct FinishAs<'a, T, F> {
+    finish: Finish<'a>,
+    y: &'a Handout<'a, T>,
+    rows: usize,
+    row: F,
 }
 
-impl<T: Real> Kernel for StoreRow<'_, T> {
+impl<T: Real, F: Fn(usize) -> (usize, f32)> Kernel for FinishAs<'_, T, F> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         // One loop for each activation: none of them asks in the inner loop.
-        match self.row.epilogue.activation {
+        match self.finish.epilogue.activation {
             Activation::None => self.finish(|v| v),
             Activation::Relu => self.finish(|v| Activation::Relu.apply(v)),
             Activation::Silu => self.finish(|v| Activation::Silu.apply(v)),
@@ -173,29 +151,37 @@ impl<T: Real> Kernel for StoreRow<'_, T> {
     }
 }
 
-impl<T: Real> StoreRow<'_, T> {
+impl<T: Real, F: Fn(usize) -> (usize, f32)> FinishAs<'_, T, F> {
     #[inline(always)]
     fn finish(self, activation: impl Fn(f32) -> f32) {
-        let FinishRow { epilogue, sums, i, of_row, outer } = self.row;
+        let FinishAs { finish: Finish { epilogue, first_panel, sums, outer }, y, rows, row } = self;
         let RowEpilogue { alpha, accumulate, bias, .. } = epilogue;
-        for (panel, y) in self.y.chunks_mut(LANES).enumerate() {
-            let mut v = *sums.get(i, panel);
-            let at = panel * LANES;
-            match outer {
-                Outer::Tensor(scale) => v.iter_mut().for_each(|v| *v *= scale),
-                Outer::Channel(scales) => v.iter_mut().zip(&scales[at..]).for_each(|(v, scale)| *v *= scale),
-                Outer::Tiles { .. } => {}
-            }
-            v.iter_mut().for_each(|v| *v = alpha * (*v * of_row));
-            if let Some(bias) = bias {
-                v.iter_mut().zip(&bias[at..]).for_each(|(v, bias)| *v += bias);
-            }
-            if accumulate {
-                v.iter_mut().zip(&*y).for_each(|(v, y)| *v += y.to_f32());
-            }
-            v.iter_mut().for_each(|v| *v = activation(*v));
-            for (y, v) in y.iter_mut().zip(v) {
-                *y = rounded(v);
+        let panels = first_panel..first_panel + sums.len() / rows;
+        for i in 0..rows {
+            let (row, of_row) = row(i);
+            let Some(y) = y.take(row, panels.clone()) else {
+                debug_assert!(false, "row {row}, panels {panels:?} are taken");
+                continue;
+            };
+            for (panel, y) in y.chunks_mut(LANES).enumerate() {
+                let mut v = sums[panel * rows + i];
+                let at = (first_panel + panel) * LANES;
+                match outer {
+                    Outer::Tensor(scale) => v.iter_mut().for_each(|v| *v *= scale),
+                    Outer::Channel(scales) => v.iter_mut().zip(&scales[at..]).for_each(|(v, scale)| *v *= scale),
+                    Outer::Tiles { .. } => {}
+                }
+                v.iter_mut().for_each(|v| *v = alpha * (*v * of_row));
+                if let Some(bias) = bias {
+                    v.iter_mut().zip(&bias[at..]).for_each(|(v, bias)| *v += bias);
+                }
+                if accumulate {
+                    v.iter_mut().zip(&*y).for_each(|(v, y)| *v += y.to_f32());
+                }
+                v.iter_mut().for_each(|v| *v = activation(*v));
+                for (y, v) in y.iter_mut().zip(v) {
+                    *y = rounded(v);
+                }
             }
         }
     }

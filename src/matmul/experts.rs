@@ -162,11 +162,10 @@ impl Cpu<'_> {
         if let Some(at) = ids.iter().position(|id| *id as usize >= w.len()) {
             return Err(Error::Index { operand: "expert ids".into(), at, got: ids[at].into(), limit: w.len() });
         }
-        let (floats, indices) = workspace.take_indices(2 * ids.len() + w.len() + 1);
-        let (slots, rest) = indices.split_at_mut(ids.len());
-        let (positions, ends) = rest.split_at_mut(ids.len());
-        sort_by_expert(ids, slots, positions, ends);
-        let rows = Rows::Slots { slots, positions, share };
+        let (floats, indices) = workspace.take_indices(ids.len() + w.len() + 1);
+        let (slots, ends) = indices.split_at_mut(ids.len());
+        sort_by_expert(ids, slots, ends);
+        let rows = Rows::Slots { slots, share };
         Call::new(self, &x, w.parts(), (ends, rows), options)?.run(&mut y, floats);
         Ok(())
     }
@@ -188,9 +187,8 @@ fn check(
     }
 }
 
-/// Counting sort: `slots` lists the slots of expert 0, then of expert 1...; expert e's are `ends[e]..ends[e + 1]`; slot s is at
-/// `positions[s]`.
-fn sort_by_expert(ids: &[u32], slots: &mut [usize], positions: &mut [usize], ends: &mut [usize]) {
+/// Counting sort: `slots` lists the slots of expert 0, then of expert 1...; expert e's are `ends[e]..ends[e + 1]`.
+fn sort_by_expert(ids: &[u32], slots: &mut [usize], ends: &mut [usize]) {
     ends.fill(0);
     for &id in ids {
         ends[id as usize + 1] += 1;
@@ -198,9 +196,8 @@ fn sort_by_expert(ids: &[u32], slots: &mut [usize], positions: &mut [usize], end
     for e in 1..ends.len() {
         ends[e] += ends[e - 1];
     }
-    for (slot, (&id, position)) in ids.iter().zip(positions).enumerate() {
-        *position = ends[id as usize];
-        slots[*position] = slot;
+    for (slot, &id) in ids.iter().enumerate() {
+        slots[ends[id as usize]] = slot;
         ends[id as usize] += 1;
     }
     // Each start has moved to its end: shift back.

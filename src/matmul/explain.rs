@@ -56,7 +56,7 @@ impl Cpu<'_> {
                     blocking.tile_steps,
                     amx::BLOCK_PANELS,
                     amx::BLOCK_ROWS,
-                    blocking.tile_panels,
+                    plan.set_panels,
                 ));
             }
             text.push_str(
