@@ -15,6 +15,8 @@ pub(super) trait Coding: Copy + Sync {
     const LINES: usize;
     /// k in a line.
     const K: usize = STEP / Self::LINES;
+    /// Bytes of block scales in a step.
+    const SCALES: usize;
 
     /// The block scales of a step.
     fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2];
@@ -88,6 +90,7 @@ fn power_of_two(exponent: i32) -> f32 {
 
 impl Coding for Mxfp4 {
     const LINES: usize = 4;
+    const SCALES: usize = LANES;
 
     #[inline(always)]
     fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {
@@ -113,6 +116,7 @@ impl Coding for Mxfp4 {
 
 impl Coding for Nvfp4 {
     const LINES: usize = 4;
+    const SCALES: usize = 2 * LANES;
 
     #[inline(always)]
     fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {
@@ -143,6 +147,7 @@ impl Coding for Nvfp4 {
 
 impl Coding for Bf16 {
     const LINES: usize = 16;
+    const SCALES: usize = 0;
 
     #[inline(always)]
     fn scales<S: Simd>(self, s: S, _: &[u8]) -> [S::V; 2] {
@@ -168,6 +173,7 @@ impl Coding for Bf16 {
 
 impl Coding for Fp8Plain {
     const LINES: usize = 8;
+    const SCALES: usize = 0;
 
     #[inline(always)]
     fn scales<S: Simd>(self, s: S, _: &[u8]) -> [S::V; 2] {
@@ -197,6 +203,7 @@ impl Coding for Fp8Plain {
 
 impl Coding for Mxfp8 {
     const LINES: usize = 8;
+    const SCALES: usize = LANES;
 
     #[inline(always)]
     fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {

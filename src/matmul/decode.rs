@@ -145,12 +145,12 @@ fn steps<S: Simd, C: Coding, const R: usize, const P: usize>(
         let start = (panel + p) * layout.panel_bytes();
         next[p] = data.as_ptr().wrapping_add(start.wrapping_add(ahead));
         let group = &data[start + piece.group..];
-        scales[p] = &group[piece.first * layout.step_scales()..];
-        lines[p] = &group[piece.codes + piece.first * layout.step_bytes()..].as_chunks().0[..piece.count * C::LINES];
-        if layout.step_scales() > 0 && piece.first == 0 {
+        scales[p] = &group[piece.first * C::SCALES..];
+        lines[p] = &group[piece.codes + piece.first * C::LINES * LINE..].as_chunks().0[..piece.count * C::LINES];
+        if C::SCALES > 0 && piece.first == 0 {
             s.prefetch(next[p]);
         }
-        next[p] = next[p].wrapping_add(piece.codes + piece.first * layout.step_bytes());
+        next[p] = next[p].wrapping_add(piece.codes + piece.first * C::LINES * LINE);
         for r in 0..R {
             acc[p][r] = s.load(&sums[p * R + r]);
         }
@@ -158,18 +158,22 @@ fn steps<S: Simd, C: Coding, const R: usize, const P: usize>(
     for step in 0..piece.count {
         let (mut even, mut odd) = ([[s.splat(0.0); R]; P], [[s.splat(0.0); R]; P]);
         let mut step_scales = [[s.splat(0.0); 2]; P];
+        let mut step_lines: [&[[u8; LINE]]; P] = [&[]; P];
         let mut rows: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
         for p in 0..P {
-            let at = step * layout.step_scales();
-            step_scales[p] = coding.scales(s, &scales[p][at..at + layout.step_scales()]);
+            let codes;
+            (codes, scales[p]) = scales[p].split_at(C::SCALES);
+            step_scales[p] = coding.scales(s, codes);
+            (step_lines[p], lines[p]) = lines[p].split_at(C::LINES);
         }
         for r in 0..R {
             rows[r] = &x[r][piece.step + step];
         }
         for line in 0..C::LINES {
             for p in 0..P {
-                s.prefetch(next[p].wrapping_add((step * C::LINES + line) * LINE));
-                let values = coding.line(s, &lines[p][step * C::LINES + line], line, &step_scales[p]);
+                s.prefetch(next[p]);
+                next[p] = next[p].wrapping_add(LINE);
+                let values = coding.line(s, &step_lines[p][line], line, &step_scales[p]);
                 for i in 0..C::K / 2 {
                     for r in 0..R {
                         even[p][r] = s.fma(s.splat(rows[r][line * C::K + 2 * i]), values[2 * i], even[p][r]);
