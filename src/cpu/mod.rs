@@ -22,7 +22,7 @@ pub(crate) use flush::{Range, Smallest, flush, flush_free};
 pub(crate) use handout::Handout;
 pub(crate) use isa::AmxToken;
 pub(crate) use parallel::{for_each, for_each_zip};
-pub(crate) use simd::{Fp8Bits, LANES, LINE, STEP, Simd};
+pub(crate) use simd::{FP4_HEADROOM, Fp8Bits, LANES, LINE, STEP, Simd};
 pub(crate) use tier::{Kernel, Tier, amx};
 pub(crate) use workspace::{Lines, Scratch};
 

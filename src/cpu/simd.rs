@@ -10,6 +10,9 @@ pub(crate) const STEP: usize = 32;
 /// Bytes of a cache line: what codes are read in.
 pub(crate) const LINE: usize = 64;
 
+/// No tier's [`Simd::FP4_POWER`] is greater.
+pub(crate) const FP4_HEADROOM: i32 = 25;
+
 /// How the four FP8 elements sit in the bits of an f16: `code << 8`, shifted right with its sign by `shift`, is an f16 under
 /// `mask` whose value is the code's times `2^-power`, subnormals included (an f16 has one or two exponent bits more). Infinities
 /// and NaN of formats with fewer exponent bits are not: who packs sees them.
@@ -41,8 +44,14 @@ pub(crate) trait Simd: Copy {
 
     /// Rows and panels of the prefill kernel's register block.
     const BLOCK: (usize, usize);
-    /// Most rows the decode kernel takes at once: 4, 2, or 0 where it does not pay.
+    /// Most rows the decode kernel takes; 0 where it does not pay.
     const DECODE_ROWS: usize;
+    /// Panels the decode kernel takes side by side with 1 to 8 rows.
+    const DECODE_PANELS: [usize; 8];
+    /// Sums that fit the registers beside what they are made of.
+    const CHAINS: usize;
+    /// Power of two that values of [`Simd::fp4`] are multiplied by: at most [`FP4_HEADROOM`].
+    const FP4_POWER: i32;
 
     fn splat(self, x: f32) -> Self::V;
     /// [`Simd::splat`] of a number in memory that several operations use: loaded once, into a register.
@@ -61,8 +70,10 @@ pub(crate) trait Simd: Copy {
 
     /// Sixteen little-endian words.
     fn words(self, line: &[u8; LINE]) -> Self::W;
-    /// Value of the E2M1 code in bits `SHIFT..SHIFT + 4` of each word.
-    fn fp4<const SHIFT: u32>(self, words: Self::W) -> Self::V;
+    /// Values of the E2M1 codes in the nibbles of each little-endian word, times `2^FP4_POWER`, in the order of the packed layout:
+    /// k 0 to 7 are the nibbles 0 4 1 5 2 6 3 7 from the lowest. -0 may become +0 unless `SIGNED_ZERO`: chains that nothing
+    /// flushes to -0 do not show it.
+    fn fp4<const SIGNED_ZERO: bool>(self, line: &[u8; LINE]) -> [Self::V; 8];
     /// Values of the bf16 in the low and in the high half of each word.
     fn bf16(self, words: Self::W) -> [Self::V; 2];
     /// Four k of FP8 codes, times `2^-power`: k `2 p + b` of lane l is byte `32 p + 2 l + b`.

@@ -1,7 +1,7 @@
 //! How the lines of a packed step become sixteen lanes of f32, for each kind of code.
 #![forbid(unsafe_code)]
 
-use crate::cpu::{Fp8Bits, LANES, LINE, STEP, Simd, flush};
+use crate::cpu::{FP4_HEADROOM, Fp8Bits, LANES, LINE, STEP, Simd, flush};
 use crate::num::{E8M0, F4E2M1x2, F8E4M3Fn};
 use crate::quant::Scheme;
 use half::bf16;
@@ -15,29 +15,29 @@ pub(super) trait Coding: Copy + Sync {
     const LINES: usize;
     /// k in a line.
     const K: usize = STEP / Self::LINES;
+    /// Block scales of a row in a step.
+    const SCALES: usize;
 
-    /// The block scales of a step.
-    fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2];
+    /// Panels that the decode kernel takes side by side for one row: 4, or 2 where scales need registers too.
+    const PANELS: usize = 4;
 
-    /// Values of line `i` of a step, ascending k, the first [`Coding::K`] of them; but for what [`Coding::rest`] is still to do.
-    fn line<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[S::V; 2]) -> [S::V; MAX_K];
+    /// Values of line `i` of a step whose block scales are `scales`, ascending k, the first [`Coding::K`] of them; but for what
+    /// [`Coding::add`] does, and short of `2^power`.
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K];
 
     /// Exponent of the power of two that values of [`Coding::line`] are short of: the decode kernel's x is multiplied by it.
     fn power(self) -> i32 {
         0
     }
 
+    /// Values of [`Coding::line`] on any tier are less than `2^HEADROOM` times the codes' or the weights'.
+    const HEADROOM: i32 = 0;
+
     /// `acc + sum` for a step's sum of products with values of [`Coding::line`] and x times `2^power`.
-    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[S::V; 2]) -> S::V;
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[[u8; LANES]]) -> S::V;
 
-    /// What turns a value of [`Coding::line`] into code x block scale.
-    fn rest<S: Simd>(self, s: S, value: S::V, scales: &[S::V; 2]) -> S::V;
-}
-
-/// First lanes of a slice of scales.
-#[inline(always)]
-fn lanes(codes: &[u8]) -> &[u8; LANES] {
-    codes.first_chunk().unwrap_or(&[0; LANES])
+    /// As [`Coding::line`], code x block scale.
+    fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K];
 }
 
 /// MXFP4: sums of whole steps are scaled, not elements.
@@ -61,24 +61,24 @@ pub(super) struct Fp8Plain(pub(super) Fp8Bits);
 pub(super) struct Mxfp8(pub(super) Fp8Bits);
 
 #[inline(always)]
-fn fp4<S: Simd>(s: S, line: &[u8; LINE]) -> [S::V; MAX_K] {
-    let words = s.words(line);
-    [
-        s.fp4::<0>(words),
-        s.fp4::<16>(words),
-        s.fp4::<4>(words),
-        s.fp4::<20>(words),
-        s.fp4::<8>(words),
-        s.fp4::<24>(words),
-        s.fp4::<12>(words),
-        s.fp4::<28>(words),
-    ]
-}
-
-#[inline(always)]
 fn fp8<S: Simd>(s: S, line: &[u8; LINE], bits: Fp8Bits) -> [S::V; MAX_K] {
     let [a, b, c, d] = s.fp8(line, bits);
     [a, b, c, d, a, b, c, d]
+}
+
+/// Takes back the power of two in values of [`Simd::fp4`].
+#[inline(always)]
+fn unit_fp4<S: Simd>(s: S, value: S::V) -> S::V {
+    if const { S::FP4_POWER == 0 } { value } else { s.mul(value, s.splat(power_of_two(-S::FP4_POWER))) }
+}
+
+#[inline(always)]
+fn scaled<S: Simd>(s: S, mut values: [S::V; MAX_K], scale: S::V) -> [S::V; MAX_K] {
+    // A loop, not `map`: its closure would not be compiled for the tier.
+    for value in &mut values {
+        *value = s.mul(*value, scale);
+    }
+    values
 }
 
 /// `2^exponent`, a normal number.
@@ -87,95 +87,86 @@ fn power_of_two(exponent: i32) -> f32 {
 }
 
 impl Coding for Mxfp4 {
+    const HEADROOM: i32 = FP4_HEADROOM;
     const LINES: usize = 4;
+    const SCALES: usize = 1;
 
     #[inline(always)]
-    fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {
-        let scale = s.e8m0(lanes(codes));
-        [scale, scale]
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[[u8; LANES]]) -> [S::V; MAX_K] {
+        s.fp4::<false>(line)
     }
 
     #[inline(always)]
-    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[S::V; 2]) -> [S::V; MAX_K] {
-        fp4(s, line)
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[[u8; LANES]]) -> S::V {
+        s.fma(unit_fp4(s, sum), s.e8m0(&scales[0]), acc)
     }
 
     #[inline(always)]
-    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[S::V; 2]) -> S::V {
-        s.fma(sum, scales[0], acc)
+    fn values<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
+        let mut values = s.fp4::<true>(line);
+        for value in &mut values {
+            *value = unit_fp4(s, *value);
+        }
+        scaled(s, values, s.e8m0(&scales[0]))
     }
+}
 
+impl Nvfp4 {
+    /// The block scale of line `i`.
     #[inline(always)]
-    fn rest<S: Simd>(self, s: S, value: S::V, scales: &[S::V; 2]) -> S::V {
-        s.mul(value, scales[0])
+    fn scale<S: Simd>(s: S, i: usize, scales: &[[u8; LANES]]) -> S::V {
+        unit_fp4(s, s.e4m3(&scales[2 * i / Self::LINES]))
     }
 }
 
 impl Coding for Nvfp4 {
     const LINES: usize = 4;
+    const SCALES: usize = 2;
+    const PANELS: usize = 2;
 
     #[inline(always)]
-    fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {
-        let (first, second) = codes.split_at(codes.len() / 2);
-        [s.e4m3(lanes(first)), s.e4m3(lanes(second))]
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
+        scaled(s, s.fp4::<false>(line), Self::scale(s, i, scales))
     }
 
     #[inline(always)]
-    fn line<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[S::V; 2]) -> [S::V; MAX_K] {
-        let scale = if i < 2 { scales[0] } else { scales[1] };
-        let mut values = fp4(s, line);
-        for value in &mut values {
-            *value = s.mul(*value, scale);
-        }
-        values
-    }
-
-    #[inline(always)]
-    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[S::V; 2]) -> S::V {
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[[u8; LANES]]) -> S::V {
         s.add(acc, sum)
     }
 
     #[inline(always)]
-    fn rest<S: Simd>(self, _: S, value: S::V, _: &[S::V; 2]) -> S::V {
-        value
+    fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
+        scaled(s, s.fp4::<true>(line), Self::scale(s, i, scales))
     }
 }
 
 impl Coding for Bf16 {
     const LINES: usize = 16;
+    const SCALES: usize = 0;
 
     #[inline(always)]
-    fn scales<S: Simd>(self, s: S, _: &[u8]) -> [S::V; 2] {
-        [s.splat(1.0); 2]
-    }
-
-    #[inline(always)]
-    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[S::V; 2]) -> [S::V; MAX_K] {
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[[u8; LANES]]) -> [S::V; MAX_K] {
         let [a, b] = s.bf16(s.words(line));
         [a, b, a, b, a, b, a, b]
     }
 
     #[inline(always)]
-    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[S::V; 2]) -> S::V {
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[[u8; LANES]]) -> S::V {
         s.add(acc, sum)
     }
 
     #[inline(always)]
-    fn rest<S: Simd>(self, _: S, value: S::V, _: &[S::V; 2]) -> S::V {
-        value
+    fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
+        self.line(s, line, i, scales)
     }
 }
 
 impl Coding for Fp8Plain {
     const LINES: usize = 8;
+    const SCALES: usize = 0;
 
     #[inline(always)]
-    fn scales<S: Simd>(self, s: S, _: &[u8]) -> [S::V; 2] {
-        [s.splat(power_of_two(self.0.power)); 2]
-    }
-
-    #[inline(always)]
-    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[S::V; 2]) -> [S::V; MAX_K] {
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[[u8; LANES]]) -> [S::V; MAX_K] {
         fp8(s, line, self.0)
     }
 
@@ -185,26 +176,22 @@ impl Coding for Fp8Plain {
     }
 
     #[inline(always)]
-    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[S::V; 2]) -> S::V {
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, _: &[[u8; LANES]]) -> S::V {
         s.add(acc, sum)
     }
 
     #[inline(always)]
-    fn rest<S: Simd>(self, s: S, value: S::V, scales: &[S::V; 2]) -> S::V {
-        s.mul(value, scales[0])
+    fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
+        scaled(s, self.line(s, line, i, scales), s.splat(power_of_two(self.0.power)))
     }
 }
 
 impl Coding for Mxfp8 {
     const LINES: usize = 8;
+    const SCALES: usize = 1;
 
     #[inline(always)]
-    fn scales<S: Simd>(self, s: S, codes: &[u8]) -> [S::V; 2] {
-        [s.e8m0(lanes(codes)), s.splat(power_of_two(self.0.power))]
-    }
-
-    #[inline(always)]
-    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[S::V; 2]) -> [S::V; MAX_K] {
+    fn line<S: Simd>(self, s: S, line: &[u8; LINE], _: usize, _: &[[u8; LANES]]) -> [S::V; MAX_K] {
         fp8(s, line, self.0)
     }
 
@@ -214,13 +201,14 @@ impl Coding for Mxfp8 {
     }
 
     #[inline(always)]
-    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[S::V; 2]) -> S::V {
-        s.fma(sum, scales[0], acc)
+    fn add<S: Simd>(self, s: S, sum: S::V, acc: S::V, scales: &[[u8; LANES]]) -> S::V {
+        s.fma(sum, s.e8m0(&scales[0]), acc)
     }
 
     #[inline(always)]
-    fn rest<S: Simd>(self, s: S, value: S::V, scales: &[S::V; 2]) -> S::V {
-        s.mul(s.mul(value, scales[1]), scales[0])
+    fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
+        let values = scaled(s, self.line(s, line, i, scales), s.splat(power_of_two(self.0.power)));
+        scaled(s, values, s.e8m0(&scales[0]))
     }
 }
 

@@ -31,47 +31,9 @@ pub(super) struct Decode<'a, C> {
 impl<C: Coding> Kernel for Decode<'_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        // Inline constants: what a tier does not take is not compiled for it.
-        if const { S::DECODE_ROWS >= 2 } {
-            match self.rows {
-                1 => return self.rows::<S, 1>(s),
-                2 => return self.rows::<S, 2>(s),
-                _ => {}
-            }
-        }
-        if const { S::DECODE_ROWS >= 4 } {
-            match self.rows {
-                3 => return self.rows::<S, 3>(s),
-                4 => return self.rows::<S, 4>(s),
-                _ => {}
-            }
-        }
-        debug_assert!(false, "{} rows", self.rows);
-    }
-}
-
-/// What one call of [`Decode::steps`] reads: consecutive steps of one group.
-#[derive(Clone, Copy)]
-struct Piece {
-    /// Offset of the group in a panel, and of the codes in the group.
-    group: usize,
-    codes: usize,
-    /// Its first step, counted in the group and from the panel's beginning, and how many there are.
-    first: usize,
-    step: usize,
-    count: usize,
-}
-
-impl<C: Coding> Decode<'_, C> {
-    #[inline(always)]
-    fn rows<S: Simd, const R: usize>(self, s: S) {
-        let Decode { layout, data, first_panel, tiles, streams, sums, part, .. } = self;
+        let Decode { coding, layout, data, first_panel, x, stride, rows, tiles, streams, prefetch, sums, part } = self;
         let (panel_bytes, steps) = (layout.panel_bytes(), layout.steps());
-        let mut x: [&[[f32; STEP]]; R] = [&[]; R];
-        for (r, x) in x.iter_mut().enumerate() {
-            *x = self.x[r * self.stride..].as_chunks().0;
-        }
-        for (set, sums) in sums.chunks_mut(streams * R).enumerate() {
+        for (set, sums) in sums.chunks_mut(streams * rows).enumerate() {
             let first = set * streams;
             sums.fill([0.0; LANES]);
             let mut step = 0;
@@ -86,38 +48,20 @@ impl<C: Coding> Decode<'_, C> {
                         target.fill([0.0; LANES]);
                     }
                 }
-                let piece = Piece {
-                    group: group / GROUP * layout.group_bytes(),
-                    codes: layout.scale_area(GROUP.min(steps - group)),
-                    first: step - group,
-                    step,
-                    count: end - step,
-                };
+                let offset = group / GROUP * layout.group_bytes();
                 // Each stream goes on with the panel that it walks next.
-                let ahead = piece.group.saturating_add(self.prefetch);
+                let ahead = offset.saturating_add(prefetch);
                 let ahead = if ahead < panel_bytes { ahead } else { ahead.saturating_add((streams - 1) * panel_bytes) };
-                let mut panel = first;
-                let mut rest = target;
-                // So many chains side by side that they cover the latency of FMA.
-                while const { S::DECODE_ROWS >= 4 && R == 1 } && rest.len() >= 4 * R {
-                    let (four, others) = rest.split_at_mut(4 * R);
-                    self::steps::<S, C, R, 4>(s, self.coding, piece, (data, panel, layout, ahead), &x, four);
-                    (panel, rest) = (panel + 4, others);
-                }
-                while const { S::DECODE_ROWS >= 4 && R >= 2 } && rest.len() >= 2 * R {
-                    let (two, others) = rest.split_at_mut(2 * R);
-                    self::steps::<S, C, R, 2>(s, self.coding, piece, (data, panel, layout, ahead), &x, two);
-                    (panel, rest) = (panel + 2, others);
-                }
-                for one in rest.chunks_exact_mut(R) {
-                    self::steps::<S, C, R, 1>(s, self.coding, piece, (data, panel, layout, ahead), &x, one);
-                    panel += 1;
-                }
+                let codes = layout.scale_area(GROUP.min(steps - group));
+                let (first_step, count) = (step - group, end - step);
+                let piece =
+                    Piece { coding, data, x, stride, rows, panel_bytes, offset, codes, first_step, step, count, ahead };
+                piece.run(s, first, target);
                 if let Some(tiles) = &tiles
                     && tiles.ends(end, steps)
                 {
                     let start = tiles.start(step);
-                    for (p, (part, sums)) in part.chunks_exact(R).zip(sums.chunks_exact_mut(R)).enumerate() {
+                    for (p, (part, sums)) in part.chunks_exact(rows).zip(sums.chunks_exact_mut(rows)).enumerate() {
                         let of_panel = tiles.lanes(first_panel + first + p, start);
                         add_scaled(s, part, |r| tiles.row(r, start), &of_panel, sums);
                     }
@@ -128,65 +72,159 @@ impl<C: Coding> Decode<'_, C> {
     }
 }
 
-/// `sums[p][r] += x[r] . panel p` over a piece, in the canonical order.
-#[inline(always)]
-fn steps<S: Simd, C: Coding, const R: usize, const P: usize>(
-    s: S,
+/// Consecutive steps of one group of steps, of all panels and rows.
+#[derive(Clone, Copy)]
+struct Piece<'a, C> {
     coding: C,
-    piece: Piece,
-    (data, panel, layout, ahead): (&[u8], usize, PackedLayout, usize),
-    x: &[&[[f32; STEP]]; R],
-    sums: &mut [[f32; LANES]],
-) {
-    let (mut scales, mut lines): ([&[u8]; P], [&[[u8; LINE]]; P]) = ([&[]; P], [&[]; P]);
-    let mut next = [data.as_ptr(); P];
-    let mut acc = [[s.splat(0.0); R]; P];
-    for p in 0..P {
-        let start = (panel + p) * layout.panel_bytes();
-        next[p] = data.as_ptr().wrapping_add(start.wrapping_add(ahead));
-        let group = &data[start + piece.group..];
-        scales[p] = &group[piece.first * layout.step_scales()..];
-        lines[p] = &group[piece.codes + piece.first * layout.step_bytes()..].as_chunks().0[..piece.count * C::LINES];
-        if layout.step_scales() > 0 && piece.first == 0 {
-            s.prefetch(next[p]);
-        }
-        next[p] = next[p].wrapping_add(piece.codes + piece.first * layout.step_bytes());
-        for r in 0..R {
-            acc[p][r] = s.load(&sums[p * R + r]);
+    data: &'a [u8],
+    x: &'a [f32],
+    stride: usize,
+    rows: usize,
+    panel_bytes: usize,
+    /// Offset of the group in a panel, and of the codes in the group.
+    offset: usize,
+    codes: usize,
+    /// Its first step, counted in the group and from the panel's beginning, and how many there are.
+    first_step: usize,
+    step: usize,
+    count: usize,
+    /// Offset in a panel of what is to be prefetched.
+    ahead: usize,
+}
+
+/// Most rows that are multiplied while their sums are in registers.
+const ROWS: usize = 8;
+
+impl<C: Coding> Piece<'_, C> {
+    /// `sums[p][r] += x[r] . panel (panel + p)`.
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S, panel: usize, sums: &mut [[f32; LANES]]) {
+        // Groups of rows as equal as can be: their number is how often codes are decoded.
+        let most = const { if S::DECODE_ROWS < ROWS { S::DECODE_ROWS } else { ROWS } };
+        let group = self.rows.div_ceil(self.rows.div_ceil(most));
+        for row in (0..self.rows).step_by(group) {
+            // Inline constants: what a tier does not take is not compiled for it.
+            macro_rules! rows {
+                ($($r:literal)*) => {
+                    match group.min(self.rows - row) {
+                        $($r => if const { $r <= S::DECODE_ROWS } { self.panels::<S, $r>(s, panel, row, sums) },)*
+                        more => debug_assert!(false, "{more} rows"),
+                    }
+                };
+            }
+            rows!(1 2 3 4 5 6 7 8);
         }
     }
-    for step in 0..piece.count {
-        let (mut even, mut odd) = ([[s.splat(0.0); R]; P], [[s.splat(0.0); R]; P]);
-        let mut step_scales = [[s.splat(0.0); 2]; P];
-        let mut rows: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
+
+    #[inline(always)]
+    fn panels<S: Simd, const R: usize>(self, s: S, panel: usize, row: usize, sums: &mut [[f32; LANES]]) {
+        let panels = sums.len() / self.rows;
+        let mut p = 0;
+        while const { S::DECODE_PANELS[R - 1] >= 4 && C::PANELS >= 4 } && panels - p >= 4 {
+            self.steps::<S, R, 4>(s, panel + p, row, &mut sums[p * self.rows..]);
+            p += 4;
+        }
+        while const { S::DECODE_PANELS[R - 1] >= 2 } && panels - p >= 2 {
+            self.steps::<S, R, 2>(s, panel + p, row, &mut sums[p * self.rows..]);
+            p += 2;
+        }
+        while p < panels {
+            self.steps::<S, R, 1>(s, panel + p, row, &mut sums[p * self.rows..]);
+            p += 1;
+        }
+    }
+
+    /// R rows by P panels, in the canonical order.
+    #[inline(always)]
+    fn steps<S: Simd, const R: usize, const P: usize>(self, s: S, panel: usize, row: usize, sums: &mut [[f32; LANES]]) {
+        let (mut scales, mut lines): ([&[[u8; LANES]]; P], [&[[u8; LINE]]; P]) = ([&[]; P], [&[]; P]);
+        let mut next = [self.data.as_ptr(); P];
+        let mut acc = [[s.splat(0.0); R]; P];
         for p in 0..P {
-            let at = step * layout.step_scales();
-            step_scales[p] = coding.scales(s, &scales[p][at..at + layout.step_scales()]);
+            let start = (panel + p) * self.panel_bytes;
+            next[p] = self.data.as_ptr().wrapping_add(start.wrapping_add(self.ahead));
+            let group = &self.data[start + self.offset..];
+            scales[p] = &group.as_chunks().0[self.first_step * C::SCALES..];
+            let first = self.codes + self.first_step * C::LINES * LINE;
+            lines[p] = &group[first..].as_chunks().0[..self.count * C::LINES];
+            if C::SCALES > 0 && self.first_step == 0 {
+                s.prefetch(next[p]);
+            }
+            next[p] = next[p].wrapping_add(first);
+            for r in 0..R {
+                acc[p][r] = s.load(&sums[p * self.rows + row + r]);
+            }
         }
-        for r in 0..R {
-            rows[r] = &x[r][piece.step + step];
+        let mut x: [&[[f32; STEP]]; R] = [&[]; R];
+        for (r, x) in x.iter_mut().enumerate() {
+            *x = &self.x[(row + r) * self.stride + self.step * STEP..].as_chunks().0[..self.count];
         }
-        for line in 0..C::LINES {
+        for step in 0..self.count {
+            let mut step_scales: [&[[u8; LANES]]; P] = [&[]; P];
+            let mut step_lines: [&[[u8; LINE]]; P] = [&[]; P];
+            let mut rows: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
             for p in 0..P {
-                s.prefetch(next[p].wrapping_add((step * C::LINES + line) * LINE));
-                let values = coding.line(s, &lines[p][step * C::LINES + line], line, &step_scales[p]);
-                for i in 0..C::K / 2 {
-                    for r in 0..R {
-                        even[p][r] = s.fma(s.splat(rows[r][line * C::K + 2 * i]), values[2 * i], even[p][r]);
-                        odd[p][r] = s.fma(s.splat(rows[r][line * C::K + 2 * i + 1]), values[2 * i + 1], odd[p][r]);
-                    }
+                (step_scales[p], scales[p]) = scales[p].split_at(C::SCALES);
+                (step_lines[p], lines[p]) = lines[p].split_at(C::LINES);
+            }
+            for r in 0..R {
+                rows[r] = &x[r][step];
+            }
+            // Even and odd k together if there are registers for both.
+            let [even, odd] = if const { 2 * R * P <= S::CHAINS } {
+                chains::<S, C, R, P, 0, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next)
+            } else {
+                let [even, _] = chains::<S, C, R, P, 0, 1>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
+                let [_, odd] = chains::<S, C, R, P, 1, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
+                [even, odd]
+            };
+            for p in 0..P {
+                for r in 0..R {
+                    acc[p][r] = self.coding.add(s, s.add(even[p][r], odd[p][r]), acc[p][r], step_scales[p]);
                 }
             }
         }
         for p in 0..P {
             for r in 0..R {
-                acc[p][r] = coding.add(s, s.add(even[p][r], odd[p][r]), acc[p][r], &step_scales[p]);
+                s.store(acc[p][r], &mut sums[p * self.rows + row + r]);
             }
         }
     }
-    for p in 0..P {
-        for r in 0..R {
-            s.store(acc[p][r], &mut sums[p * R + r]);
+}
+
+/// The chains of a step: even k first, then odd; those from `FROM` to `TO`, the others zero.
+#[inline(always)]
+fn chains<S: Simd, C: Coding, const R: usize, const P: usize, const FROM: usize, const TO: usize>(
+    s: S,
+    coding: C,
+    x: &[&[f32; STEP]; R],
+    lines: &[&[[u8; LINE]]; P],
+    scales: &[&[[u8; LANES]]; P],
+    next: &mut [*const u8; P],
+) -> [[[S::V; R]; P]; 2] {
+    let mut chains = [[[s.splat(0.0); R]; P]; 2];
+    for line in 0..C::LINES {
+        // Written out: the chains of a loop that the compiler leaves a loop are in memory.
+        macro_rules! panels {
+            ($($p:literal)*) => {$(
+                if const { $p < P } {
+                    if const { FROM == 0 } {
+                        s.prefetch(next[$p]);
+                        next[$p] = next[$p].wrapping_add(LINE);
+                    }
+                    let values = coding.line(s, &lines[$p][line], line, scales[$p]);
+                    for i in 0..C::K / 2 {
+                        for odd in FROM..TO {
+                            for r in 0..R {
+                                let x = s.splat(x[r][line * C::K + 2 * i + odd]);
+                                chains[odd][$p][r] = s.fma(x, values[2 * i + odd], chains[odd][$p][r]);
+                            }
+                        }
+                    }
+                }
+            )*};
         }
+        panels!(0 1 2 3);
     }
+    chains
 }

@@ -193,6 +193,10 @@ pub(super) struct Quick {
     pub(super) sums: bool,
 }
 
+fn headroom<C: Coding>(_: C) -> i32 {
+    C::HEADROOM
+}
+
 impl Quick {
     /// Where tiles are taken it is not asked.
     const NOTHING: Quick = Quick { values: false, flush: true, sums: false };
@@ -203,10 +207,11 @@ impl Quick {
             return Quick { values: true, flush, sums: !flush };
         };
         let (grid, top) = code_range(format);
-        let power = with_coding!(scheme, |coding| coding.power());
+        let (power, headroom) = with_coding!(scheme, |coding| (coding.power(), headroom(coding)));
         let mx = matches!(scheme, Scheme::Mxfp4 | Scheme::Mxfp8(_));
         // 32 products below 2^(x.top + top) each, rounded 33 times, stay below 2^127.
-        let steps = !mx || flush_free(x.smallest, Smallest::grid_of(grid)) && x.top() + top.max(w.top) + 6 <= 127;
+        let steps =
+            !mx || flush_free(x.smallest, Smallest::grid_of(grid)) && x.top() + (top + headroom).max(w.top) + 6 <= 127;
         let shifted = power == 0 || x.top() + power <= 127;
         Quick { values: w.finite && w.exact, flush, sums: !flush && steps && shifted }
     }

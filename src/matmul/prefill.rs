@@ -114,13 +114,13 @@ impl<C: Coding> Kernel for Decoded<'_, C> {
             let panel = &data[p * layout.panel_bytes()..];
             for (step, out) in self.out.chunks_exact_mut(STEP * panels).enumerate() {
                 let (scales, codes) = layout.step(self.step + step);
-                let scales = coding.scales(s, &panel[scales]);
+                let scales = panel[scales].as_chunks().0;
                 let lines = panel[codes].as_chunks::<LINE>().0;
                 for (i, (line, out)) in lines.iter().zip(out.chunks_exact_mut(C::K * panels)).enumerate() {
                     s.prefetch(line.as_ptr().wrapping_add(self.prefetch));
-                    let values = coding.line(s, line, i, &scales);
+                    let values = coding.values(s, line, i, scales);
                     for k in 0..C::K {
-                        s.store(coding.rest(s, values[k], &scales), &mut out[k * panels + p]);
+                        s.store(values[k], &mut out[k * panels + p]);
                     }
                 }
             }

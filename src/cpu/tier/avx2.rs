@@ -30,7 +30,12 @@ impl Simd for Avx2 {
 
     // 12 chains, 2 registers of weights, one of x: 15 of 16.
     const BLOCK: (usize, usize) = (6, 1);
-    const DECODE_ROWS: usize = 2;
+    const DECODE_ROWS: usize = 4;
+    const DECODE_PANELS: [usize; 8] = [2, 1, 1, 1, 1, 1, 1, 1];
+    // Two registers each.
+    const CHAINS: usize = 4;
+    // Codes become bytes of twice their value, and those the highest bytes of integers.
+    const FP4_POWER: i32 = 25;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -88,8 +93,14 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn fp4<const SHIFT: u32>(self, words: Self::W) -> Self::V {
-        [self.fp4_half::<SHIFT>(words[0]), self.fp4_half::<SHIFT>(words[1])]
+    fn fp4<const SIGNED_ZERO: bool>(self, line: &[u8; LINE]) -> [Self::V; 8] {
+        let [first, second] = self.words(line);
+        let (a, b) = (self.fp4_half::<SIGNED_ZERO>(first), self.fp4_half::<SIGNED_ZERO>(second));
+        let mut values = [[a[0], b[0]]; 8];
+        for (value, (a, b)) in values.iter_mut().zip(a.into_iter().zip(b)) {
+            *value = [a, b];
+        }
+        values
     }
 
     #[inline(always)]
@@ -171,19 +182,58 @@ impl Avx2 {
         op!(_mm256_andnot_ps(cleared, x))
     }
 
-    /// Magnitude by the low three bits of the index, which are all that the permutation reads; sign by a shift.
+    /// Eight k of eight words.
     #[inline(always)]
-    fn fp4_half<const SHIFT: u32>(self, words: __m256i) -> __m256 {
-        let table = op!(_mm256_setr_ps(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0));
-        let count = op!(_mm_cvtsi32_si128(SHIFT as i32));
-        let index = op!(_mm256_srl_epi32(words, count));
-        let magnitude = op!(_mm256_permutevar8x32_ps(table, index));
-        let count = op!(_mm_cvtsi32_si128(28 - SHIFT as i32));
-        let sign = op!(_mm256_sll_epi32(words, count));
-        let sign = op!(_mm256_castsi256_ps(sign));
-        let bit = op!(_mm256_set1_ps(-0.0));
-        let sign = op!(_mm256_and_ps(sign, bit));
-        op!(_mm256_or_ps(magnitude, sign))
+    fn fp4_half<const SIGNED_ZERO: bool>(self, words: __m256i) -> [__m256; 8] {
+        let table = op!(_mm256_setr_epi8(
+            0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12, 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6,
+            -8, -12
+        ));
+        let mask = op!(_mm256_set1_epi8(15));
+        let low = op!(_mm256_and_si256(words, mask));
+        let high = op!(_mm256_srli_epi16::<4>(words));
+        let high = op!(_mm256_and_si256(high, mask));
+        let low = self.bytes_high(op!(_mm256_shuffle_epi8(table, low)));
+        let high = self.bytes_high(op!(_mm256_shuffle_epi8(table, high)));
+        // Bytes of a word are k 0 4 1 5, then 2 6 3 7.
+        let mut values = [low[0], low[2], high[0], high[2], low[1], low[3], high[1], high[3]];
+        if SIGNED_ZERO {
+            // Integers have one zero: once more the sign, the highest bit of nibbles 0 4 1 5 2 6 3 7.
+            let bit = op!(_mm256_set1_ps(-0.0));
+            for (value, left) in values.iter_mut().zip([28, 12, 24, 8, 20, 4, 16, 0]) {
+                let count = op!(_mm_cvtsi32_si128(left));
+                let sign = op!(_mm256_sll_epi32(words, count));
+                let sign = op!(_mm256_castsi256_ps(sign));
+                let sign = op!(_mm256_and_ps(sign, bit));
+                *value = op!(_mm256_or_ps(*value, sign));
+            }
+        }
+        values
+    }
+
+    /// The four bytes of each word, signed, times 2^24.
+    #[inline(always)]
+    fn bytes_high(self, words: __m256i) -> [__m256; 4] {
+        let zero = -1;
+        let second = op!(_mm256_setr_epi8(
+            zero, zero, zero, 1, zero, zero, zero, 5, zero, zero, zero, 9, zero, zero, zero, 13, zero, zero, zero, 1,
+            zero, zero, zero, 5, zero, zero, zero, 9, zero, zero, zero, 13
+        ));
+        let third = op!(_mm256_setr_epi8(
+            zero, zero, zero, 2, zero, zero, zero, 6, zero, zero, zero, 10, zero, zero, zero, 14, zero, zero, zero, 2,
+            zero, zero, zero, 6, zero, zero, zero, 10, zero, zero, zero, 14
+        ));
+        let fourth = op!(_mm256_set1_epi32(0xFF00_0000u32 as i32));
+        let first = op!(_mm256_slli_epi32::<24>(words));
+        let second = op!(_mm256_shuffle_epi8(words, second));
+        let third = op!(_mm256_shuffle_epi8(words, third));
+        let fourth = op!(_mm256_and_si256(words, fourth));
+        [
+            op!(_mm256_cvtepi32_ps(first)),
+            op!(_mm256_cvtepi32_ps(second)),
+            op!(_mm256_cvtepi32_ps(third)),
+            op!(_mm256_cvtepi32_ps(fourth)),
+        ]
     }
 
     /// Two k of FP8 codes: the low and the high bytes of sixteen words.

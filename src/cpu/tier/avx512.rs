@@ -50,7 +50,11 @@ impl Simd for Avx512 {
 
     // 24 chains, 3 registers of weights, one of x: 28 of 32.
     const BLOCK: (usize, usize) = (8, 3);
-    const DECODE_ROWS: usize = 4;
+    const DECODE_ROWS: usize = 16;
+    const DECODE_PANELS: [usize; 8] = [4, 2, 2, 2, 2, 2, 2, 2];
+    // As many as cover the latency of FMA twice; values, x, the table and the sums of steps have the other half.
+    const CHAINS: usize = 16;
+    const FP4_POWER: i32 = 0;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -104,12 +108,18 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn fp4<const SHIFT: u32>(self, words: __m512i) -> __m512 {
-        let table =
-            op!(_mm512_setr_ps(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0));
-        // The permutation reads the low four bits of each index: no mask.
-        let index = op!(_mm512_srli_epi32::<SHIFT>(words));
-        op!(_mm512_permutexvar_ps(index, table))
+    fn fp4<const SIGNED_ZERO: bool>(self, line: &[u8; LINE]) -> [__m512; 8] {
+        let words = self.words(line);
+        [
+            self.nibble::<0>(words),
+            self.nibble::<16>(words),
+            self.nibble::<4>(words),
+            self.nibble::<20>(words),
+            self.nibble::<8>(words),
+            self.nibble::<24>(words),
+            self.nibble::<12>(words),
+            self.nibble::<28>(words),
+        ]
     }
 
     #[inline(always)]
@@ -165,6 +175,16 @@ impl Simd for Avx512 {
 }
 
 impl Avx512 {
+    /// Value of the E2M1 code in bits `SHIFT..SHIFT + 4` of each word.
+    #[inline(always)]
+    fn nibble<const SHIFT: u32>(self, words: __m512i) -> __m512 {
+        let table =
+            op!(_mm512_setr_ps(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0));
+        // The permutation reads the low four bits of each index: no mask.
+        let index = op!(_mm512_srli_epi32::<SHIFT>(words));
+        op!(_mm512_permutexvar_ps(index, table))
+    }
+
     /// Sixteen bytes as words.
     #[inline(always)]
     fn bytes(self, bytes: &[u8; LANES]) -> __m512i {

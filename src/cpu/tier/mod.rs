@@ -112,7 +112,7 @@ fn run_fma(kernel: impl Kernel) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::simd::{Fp8Bits, LANES, LINE};
+    use crate::cpu::simd::{FP4_HEADROOM, Fp8Bits, LANES, LINE};
     use crate::num::{E8M0, F4E2M1x2, F8E4M3Fn, Fp8};
     use half::bf16;
 
@@ -163,11 +163,14 @@ mod tests {
                 let line: [u8; LINE] = std::array::from_fn(|i| first.wrapping_add((i * 37) as u8));
                 let word = |l: usize| u32::from_le_bytes([0, 1, 2, 3].map(|b| line[4 * l + b]));
                 let words = s.words(&line);
-                let fp4 = |shift: u32| move |l: usize| F4E2M1x2::VALUES[(word(l) >> shift & 15) as usize];
-                same(get(s.fp4::<0>(words)), &fp4(0));
-                same(get(s.fp4::<4>(words)), &fp4(4));
-                same(get(s.fp4::<20>(words)), &fp4(20));
-                same(get(s.fp4::<28>(words)), &fp4(28));
+                let (exact, any) = (s.fp4::<true>(&line), s.fp4::<false>(&line));
+                for (k, shift) in [0, 16, 4, 20, 8, 24, 12, 28].into_iter().enumerate() {
+                    let up = (S::FP4_POWER as f32).exp2();
+                    let fp4 = |l: usize| F4E2M1x2::VALUES[(word(l) >> shift & 15) as usize] * up;
+                    same(get(exact[k]), &fp4);
+                    same(get(s.add(any[k], s.splat(0.0))), &|l| fp4(l) + 0.0);
+                }
+                assert!((0..=FP4_HEADROOM).contains(&S::FP4_POWER));
                 let halves = s.bf16(words);
                 same(get(halves[0]), &|l| bf16::from_bits(word(l) as u16).to_f32());
                 same(get(halves[1]), &|l| bf16::from_bits((word(l) >> 16) as u16).to_f32());

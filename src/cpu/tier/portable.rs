@@ -25,6 +25,9 @@ impl Simd for Portable {
 
     const BLOCK: (usize, usize) = (2, 1);
     const DECODE_ROWS: usize = 0;
+    const DECODE_PANELS: [usize; 8] = [1; 8];
+    const CHAINS: usize = 1;
+    const FP4_POWER: i32 = 0;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -71,8 +74,9 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn fp4<const SHIFT: u32>(self, words: Self::W) -> Self::V {
-        each(|l| F4E2M1x2::VALUES[(words[l] >> SHIFT & 15) as usize])
+    fn fp4<const SIGNED_ZERO: bool>(self, line: &[u8; LINE]) -> [Self::V; 8] {
+        let words = self.words(line);
+        [0, 16, 4, 20, 8, 24, 12, 28].map(|shift| each(|l| F4E2M1x2::VALUES[(words[l] >> shift & 15) as usize]))
     }
 
     #[inline(always)]
