@@ -194,6 +194,7 @@ fn bad_input_is_one_clear_line() {
         ),
         (["--threads", "0"], "0 is not in 1..=1024"),
         (["--repeat", "0"], "0 is not in 1..=100000"),
+        (["--seconds", "NaN"], "got \"NaN\", need seconds from 0 to 3600"),
     ] {
         let error = refusal(2, &change);
         assert!(error.contains(message), "{change:?}: {error}");

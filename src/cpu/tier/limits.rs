@@ -1,6 +1,8 @@
 //! Loops that do nothing but use one resource of the machine: what [`crate::cpu::limits`] times.
 #![allow(unsafe_code)] // calls of functions compiled for a detected target feature, CPUID, prefetch, AMX by inline assembly
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::cpu::isa::AmxToken;
 use std::hint::black_box;
 
 /// What a read is made of: 256 bytes.
@@ -89,7 +91,7 @@ impl Loop {
     /// bf16 by AMX tiles, registers only.
     pub(crate) fn amx() -> Result<Loop, &'static str> {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        return amx::permitted().map(|()| Loop { run: amx::products, flops: 4 * 16 * 16 * 32 * 2 });
+        return AmxToken::detect().map(|_| Loop { run: amx::products, flops: 4 * 16 * 16 * 32 * 2 });
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
         return Err("AMX is asked for on Linux on x86-64 only");
     }
@@ -128,8 +130,8 @@ fn fma_avx512(turns: usize) -> f32 {
 /// AMX by inline assembly: its intrinsics are not stable.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx {
+    use super::AmxToken;
     use std::arch::asm;
-    use std::sync::OnceLock;
 
     /// What `ldtilecfg` reads: palette 1, eight tiles of 16 rows of 64 bytes (Intel SDM vol. 1, 18.2).
     #[repr(C, align(64))]
@@ -149,64 +151,12 @@ mod amx {
         rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
     };
 
-    /// Whether this CPU has AMX with BF16 and the operating system lets this process use it; asked once.
-    pub(super) fn permitted() -> Result<(), &'static str> {
-        static ASKED: OnceLock<Result<(), &'static str>> = OnceLock::new();
-        *ASKED.get_or_init(ask)
-    }
-
-    #[allow(unused_unsafe)] // CPUID is safe in newer toolchains
-    fn ask() -> Result<(), &'static str> {
-        use std::arch::x86_64::{__cpuid, __cpuid_count};
-        // SAFETY: every x86-64 CPU has CPUID with leaves 0 and 1.
-        let highest = unsafe { __cpuid(0) }.eax;
-        if highest < 7 {
-            return Err("this CPU lacks AMX-BF16");
-        }
-        // SAFETY: leaf 7 was just seen to exist.
-        let features = unsafe { __cpuid_count(7, 0) }.edx;
-        let (bf16, tile) = (1 << 22, 1 << 24);
-        if features & bf16 == 0 || features & tile == 0 {
-            return Err("this CPU lacks AMX-BF16");
-        }
-        // SAFETY: as above.
-        let osxsave = unsafe { __cpuid(1) }.ecx & 1 << 27 != 0;
-        // TILECFG and TILEDATA, bits 17 and 18 of XCR0.
-        if !osxsave || xcr0() & 0x6_0000 != 0x6_0000 {
-            return Err("the operating system does not save AMX tiles");
-        }
-        if request_tile_data() != 0 {
-            return Err("the kernel refuses this process AMX tiles (arch_prctl)");
-        }
-        Ok(())
-    }
-
-    /// The state components that the operating system saves. Called only where OSXSAVE is set.
-    fn xcr0() -> u64 {
-        let (low, high): (u32, u32);
-        // SAFETY: with OSXSAVE, which `ask` has seen, xgetbv of register 0 is allowed; it writes eax and edx alone.
-        unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack)) };
-        u64::from(high) << 32 | u64::from(low)
-    }
-
-    /// `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`: 0, or a negative errno. For the whole process and its threads to come.
-    fn request_tile_data() -> isize {
-        const ARCH_PRCTL: isize = 158;
-        let answer: isize;
-        // SAFETY: the call takes two numbers and touches no memory of ours; syscall itself clobbers rcx and r11.
-        unsafe {
-            asm!("syscall", inlateout("rax") ARCH_PRCTL => answer, in("rdi") 0x1023, in("rsi") 18,
-                 out("rcx") _, out("r11") _, options(nostack));
-        }
-        answer
-    }
-
     /// `turns` times four products into four accumulators, all in registers.
     pub(super) fn products(turns: usize) -> f32 {
-        if turns == 0 || permitted().is_err() {
+        if turns == 0 || AmxToken::detect().is_err() {
             return 0.0;
         }
-        // SAFETY: the CPU has AMX-BF16 and the process may use it, asked above. CONFIG is 64 bytes, aligned, valid for palette 1;
+        // SAFETY: the CPU has AMX-BF16 and the process may use it, as the token proves. CONFIG is 64 bytes, aligned, valid for palette 1;
         // its eight tiles are zeroed before they are read; every product names three different tiles of 16 x 64 bytes. No other
         // memory is touched, the counter ends at zero, and tiles are released, so that no tile state leaves the block.
         unsafe {

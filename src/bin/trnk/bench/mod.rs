@@ -46,7 +46,11 @@ struct Run {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
-    /// Calls of each case [default: as many as fit into 0.4 s, 1.5 s with matmul --full; three at least]
+    /// Seconds for each case, three calls at least [default: 0.4; with matmul --full 1.5]
+    #[arg(long, value_name = "S", value_parser = seconds, conflicts_with = "repeat")]
+    seconds: Option<Duration>,
+
+    /// Calls of each case, in place of a time
     #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     repeat: Option<u32>,
 }
@@ -66,7 +70,7 @@ impl Run {
     }
 
     fn sampling(&self, budget: Duration) -> Sampling {
-        Sampling { repeat: self.repeat.map(|repeat| repeat as usize), budget }
+        Sampling { repeat: self.repeat.map(|repeat| repeat as usize), budget: self.seconds.unwrap_or(budget) }
     }
 }
 
@@ -144,6 +148,11 @@ Exit codes: 0 done, 1 could not be done, 2 bad command line. More: docs/performa
 
 /// Largest number of rows, tokens or experts.
 const COUNT: usize = 1 << 20;
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number = text.parse().ok().filter(|s: &f64| (0.0..=3600.0).contains(s));
+    number.map(Duration::from_secs_f64).ok_or_else(|| format!("got {text:?}, need seconds from 0 to 3600"))
+}
 
 fn count(text: &str) -> Result<usize, String> {
     let number = text.parse().ok().filter(|v| (1..=COUNT).contains(v));

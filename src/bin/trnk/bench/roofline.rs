@@ -57,10 +57,7 @@ fn draw(out: &mut String, rows: &[Row], origin: &Origin) -> Result<(), Box<dyn s
     root.fill(&WHITE)?;
     let text = |size: i32| (FONT, size).into_font().color(&BLACK);
     root.draw(&Text::new("Matmul on the roofline of this machine", (20, 10), text(22)))?;
-    let what = format!(
-        "{}, {} threads, tier {}, {}; limits measured beside each call, medians",
-        origin.cpu, origin.threads, origin.tier, origin.date
-    );
+    let what = format!("{origin}; limits measured beside each call, medians");
     root.draw(&Text::new(what, (20, 38), text(15)))?;
     let mut chart = ChartBuilder::on(&root)
         .margin_top(70)
