@@ -6,7 +6,7 @@ use super::layout::{GROUP, PackedLayout};
 use super::operand::Activations;
 use super::packed::Facts;
 use super::tiles::{AddScaled, Tiles};
-use crate::cpu::amx::{Decoded, FewRows, ManyRows, PANELS, Scaled, Steps, TILE, TileCode};
+use crate::cpu::amx::{Coded, Decoded, FewRows, ManyRows, PANELS, Scaled, Steps, TILE, TileCode};
 use crate::cpu::{AmxToken, Blocking, Kernel, LANES, Range, STEP, Simd, Tier, flush, flush_free};
 use crate::quant::Scheme;
 use bytemuck::{cast_slice, cast_slice_mut};
@@ -174,25 +174,26 @@ pub(super) fn scratch(blocking: &Blocking, tile: Option<usize>, layout: &PackedL
 impl Amx<'_> {
     pub(super) fn run(self) {
         self.sums.fill([0.0; LANES]);
+        let coded = &Coded::new(code(self.layout.scheme()));
         match self.layout.steps() {
             0 => {}
-            _ if self.rows <= TILE_ROWS => self.few(),
-            _ => self.many(),
+            _ if self.rows <= TILE_ROWS => self.few(coded),
+            _ => self.many(coded),
         }
     }
 
-    fn few(mut self) {
+    fn few(mut self, coded: &Coded) {
         let panels = self.sums.len() / self.rows;
         let mut panel = 0;
         while panel < panels {
             let together = if panels - panel >= PANELS { PANELS } else { 1 };
-            self.few_panels(panel, together);
+            self.few_panels(coded, panel, together);
             panel += together;
         }
     }
 
-    fn few_panels(&mut self, panel: usize, panels: usize) {
-        let (layout, rows, code) = (&self.layout, self.rows, code(self.layout.scheme()));
+    fn few_panels(&mut self, coded: &Coded, panel: usize, panels: usize) {
+        let (layout, rows) = (&self.layout, self.rows);
         let (groups, panel_bytes) = (layout.steps().div_ceil(GROUP), layout.panel_bytes());
         let (buffers, part) = self.scratch.split_at_mut(2 * PANELS * TILE_FLOATS);
         let Some(buffers) = cast_slice_mut::<f32, [u8; TILE]>(buffers).first_chunk_mut() else { return };
@@ -204,7 +205,7 @@ impl Amx<'_> {
             let count = if self.tiles.is_some() { run * RUNS } else { groups }.min(groups - first);
             let (steps, offset) = (steps(layout, first, count), first * layout.group_bytes());
             let few = FewRows {
-                code,
+                coded,
                 steps,
                 data: &self.data[panel * panel_bytes + offset..],
                 panel_bytes,
@@ -230,18 +231,18 @@ impl Amx<'_> {
         }
     }
 
-    fn many(mut self) {
+    fn many(mut self, coded: &Coded) {
         let (panels, groups) = (self.sums.len() / self.rows, self.layout.steps().div_ceil(GROUP));
         let tile = self.tiles.map(|t| t.k);
         let chunk = chunk(&self.blocking, tile, self.layout.steps());
         for first in (0..groups).step_by(chunk) {
-            self.many_chunk(panels, first, chunk.min(groups - first));
+            self.many_chunk(coded, panels, first, chunk.min(groups - first));
         }
     }
 
-    fn many_chunk(&mut self, panels: usize, first: usize, count: usize) {
+    fn many_chunk(&mut self, coded: &Coded, panels: usize, first: usize, count: usize) {
         let Amx { token, layout, rows, tiles, .. } = *self;
-        let (code, all_steps) = (code(layout.scheme()), layout.steps());
+        let all_steps = layout.steps();
         let (steps, offset, panel_bytes) =
             (steps(&layout, first, count), first * layout.group_bytes(), layout.panel_bytes());
         let run_steps = tiles.map_or(steps.count, |t| run(Some(t.k), count) * GROUP);
@@ -259,13 +260,13 @@ impl Amx<'_> {
         for panel in (0..panels).step_by(BLOCK_PANELS) {
             let together = BLOCK_PANELS.min(panels - panel);
             let data = &self.data[panel * panel_bytes + offset..];
-            let (w, panel_stride): (&[u8], usize) = if code == TileCode::Bf16 {
+            let (w, panel_stride): (&[u8], usize) = if coded.is_plain() {
                 (data, panel_bytes)
             } else {
                 for p in 0..together {
                     let tiles = &mut buffer[p * steps.count..(p + 1) * steps.count];
                     let data = &data[p * panel_bytes..];
-                    Decoded { code, steps, data, ahead: self.blocking.prefetch, tiles }.run(token);
+                    Decoded { coded, steps, data, ahead: self.blocking.prefetch, tiles }.run(token);
                 }
                 (cast_slice(&*buffer), steps.count * TILE)
             };

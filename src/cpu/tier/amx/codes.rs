@@ -37,6 +37,24 @@ pub(crate) enum TileCode {
 #[repr(C, align(64))]
 pub(super) struct Constants(pub(super) [[u16; 32]; 6]);
 
+/// A code and what its loops keep in registers: made once for many calls.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Coded {
+    pub(super) code: TileCode,
+    pub(super) constants: Constants,
+}
+
+impl Coded {
+    pub(crate) fn new(code: TileCode) -> Coded {
+        Coded { code, constants: code.constants() }
+    }
+
+    /// Whether the packed lines of a step are a tile, so that nothing is decoded.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.code == TileCode::Bf16
+    }
+}
+
 /// Exponent of 2 by which magnitudes of E2M1 codes are too large before the subtraction.
 const FP4_UP: u16 = 125;
 /// NVFP4: bf16 bits that stand for 1.0 before the subtraction. Scales times 1.5 stay below, twice them fit 15 bits.
@@ -71,7 +89,7 @@ impl TileCode {
     }
 
     /// zmm26 to zmm31 for the macros below.
-    pub(super) fn constants(self) -> Constants {
+    fn constants(self) -> Constants {
         let mut c = [[0u16; 32]; 6];
         match self {
             TileCode::Bf16 => {}

@@ -3,7 +3,7 @@
 //! Memory's limit: panels are walked in step, each a stream of its own. A tile is stored and loaded again while the next is
 //! decoded; two buffers take turns, so that neither waits for the other's loads.
 
-use super::codes::{Constants, TileCode, fp8_tile, mxfp4_tile, mxfp8_tile, nvfp4_tile};
+use super::codes::{Coded, Constants, TileCode, fp8_tile, mxfp4_tile, mxfp8_tile, nvfp4_tile};
 use super::config::TileConfig;
 use super::{Steps, TILE};
 use crate::cpu::isa::AmxToken;
@@ -15,7 +15,7 @@ pub(crate) const PANELS: usize = 4;
 
 /// Operands of [`FewRows::run`].
 pub(crate) struct FewRows<'a> {
-    pub(crate) code: TileCode,
+    pub(crate) coded: &'a Coded,
     pub(crate) steps: Steps,
     /// Packed bytes from the first group of the first panel on, and bytes from a panel to the next.
     pub(crate) data: &'a [u8],
@@ -80,18 +80,29 @@ const _: () = {
 impl FewRows<'_> {
     /// `sums = x . panels` for each run, in the canonical order, subnormals flushed.
     pub(crate) fn run(self, token: AmxToken) {
-        let FewRows { code, steps, data, panel_bytes, panels, x, rows, run, sums, tiles, .. } = self;
+        let FewRows {
+            coded: Coded { code, constants },
+            steps,
+            data,
+            panel_bytes,
+            panels,
+            x,
+            rows,
+            run,
+            sums,
+            tiles,
+            ..
+        } = self;
         let groups = steps.groups();
         if groups == 0 {
             sums.fill([0.0; 16]);
             return;
         }
         // What the loop reads and writes, as slices: these stop the call if a caller counted wrong.
-        assert!((1..=16).contains(&rows) && (panels == 1 || panels == PANELS) && run >= 1 && steps.fit(code));
+        assert!((1..=16).contains(&rows) && (panels == 1 || panels == PANELS) && run >= 1 && steps.fit(*code));
         let data = &data[..(panels - 1) * panel_bytes + steps.bytes()];
         let x = &x[..steps.count * rows * 32];
         let sums = &mut sums[..groups.div_ceil(run) * panels * rows];
-        let constants = code.constants();
         let r = rows as u8;
         let (first, second) = tiles.split_at_mut(PANELS);
         let mut args = Args {
@@ -114,7 +125,7 @@ impl FewRows<'_> {
             panel_sums: rows * 64,
             tiles: first.as_mut_ptr().cast(),
             other: second.as_mut_ptr().cast(),
-            constants: &raw const constants,
+            constants,
         };
         let _: AmxToken = token;
         #[cfg(target_arch = "x86_64")]

@@ -1,6 +1,6 @@
 //! Many rows of x: two panels are decoded to tiles once, in the first-level cache, and meet all rows, 32 at a time.
 
-use super::codes::{Constants, TileCode, fp8_tile, mxfp4_tile, mxfp8_tile, nvfp4_tile};
+use super::codes::{Coded, Constants, TileCode, fp8_tile, mxfp4_tile, mxfp8_tile, nvfp4_tile};
 use super::config::TileConfig;
 use super::{Steps, TILE};
 use crate::cpu::isa::AmxToken;
@@ -9,7 +9,7 @@ use std::arch::asm;
 
 /// Decodes steps of a panel to tiles.
 pub(crate) struct Decoded<'a> {
-    pub(crate) code: TileCode,
+    pub(crate) coded: &'a Coded,
     pub(crate) steps: Steps,
     /// Packed bytes of the panel from the first group on.
     pub(crate) data: &'a [u8],
@@ -39,14 +39,13 @@ struct DecodeArgs {
 impl Decoded<'_> {
     /// Writes the tiles. bf16 has none: its packed lines are tiles.
     pub(crate) fn run(self, token: AmxToken) {
-        let Decoded { code, steps, data, ahead, tiles } = self;
+        let Decoded { coded: Coded { code, constants }, steps, data, ahead, tiles } = self;
         if steps.count == 0 {
             return;
         }
-        assert!(steps.fit(code));
+        assert!(steps.fit(*code));
         let data = &data[..steps.bytes()];
         let tiles = &mut tiles[..steps.count];
-        let constants = code.constants();
         let args = DecodeArgs {
             groups: steps.groups(),
             data: data.as_ptr(),
@@ -55,7 +54,7 @@ impl Decoded<'_> {
             last_area: steps.last_area,
             last_steps: steps.last_steps(),
             tiles: tiles.as_mut_ptr().cast(),
-            constants: &raw const constants,
+            constants,
             ahead,
         };
         let _: AmxToken = token;
@@ -231,8 +230,10 @@ impl ManyRows<'_> {
         if let Some(s) = &scaled {
             assert!(s.of_rows.len() >= runs * rows && s.of_panels.len() >= runs);
         }
-        let mut parts = Parts([[0; TILE]; 8]);
-        let (parts, sums) = (parts.0.as_mut_ptr().cast::<u8>(), sums.as_mut_ptr());
+        // The loops without scales have no parts.
+        let mut parts = scaled.map(|_| Parts([[0; TILE]; 8]));
+        let parts = parts.as_mut().map_or(std::ptr::null_mut(), |p| p.0.as_mut_ptr().cast::<u8>());
+        let sums = sums.as_mut_ptr();
         let mut first = 0;
         while first < rows {
             // Whole blocks of 32 rows, then what is left.
@@ -263,7 +264,7 @@ impl ManyRows<'_> {
                 of_panels: scaled.map_or(std::ptr::null(), |s| s.of_panels.as_ptr().cast()),
                 parts,
                 rows: of,
-                both_parts: 2 * parts as usize + 4 * TILE,
+                both_parts: (2 * parts as usize).wrapping_add(4 * TILE),
                 kept: [0; 5],
             };
             let _: AmxToken = token;

@@ -14,7 +14,7 @@ mod config;
 mod few;
 mod many;
 
-pub(crate) use codes::TileCode;
+pub(crate) use codes::{Coded, TileCode};
 pub(crate) use few::{FewRows, PANELS};
 pub(crate) use many::{Decoded, ManyRows, Scaled};
 
