@@ -277,6 +277,12 @@ impl Amx<'_> {
                     }
                 }
             }
+            // The next panels' codes, or those of the next steps.
+            let next = match panel + BLOCK_PANELS {
+                next if next < panels => next * panel_bytes + offset,
+                _ => offset + count * layout.group_bytes(),
+            };
+            let next = self.data.get(next..).unwrap_or_default();
             // Whole runs, and what k leaves of the last one.
             let whole = steps.count / run_steps * run_steps;
             for (from, many) in [(0, whole), (whole, steps.count - whole)] {
@@ -298,6 +304,9 @@ impl Amx<'_> {
                     first_step: first * GROUP + from,
                     rows,
                     scaled,
+                    next,
+                    next_panel: panel_bytes,
+                    next_bytes: count * layout.group_bytes(),
                     sums: &mut self.sums[panel * rows..(panel + together) * rows],
                 };
                 many.run(token);

@@ -162,6 +162,10 @@ pub(crate) struct ManyRows<'a> {
     pub(crate) first_step: usize,
     pub(crate) rows: usize,
     pub(crate) scaled: Option<Scaled<'a>>,
+    /// Packed bytes that are decoded next, in two panels `next_panel` bytes apart: asked for into L2 while products are under way.
+    pub(crate) next: &'a [u8],
+    pub(crate) next_panel: usize,
+    pub(crate) next_bytes: usize,
     /// `[panel][row]` of 16 sums, `rows` rows each: what is added to.
     pub(crate) sums: &'a mut [[f32; 16]],
 }
@@ -198,6 +202,10 @@ struct Args {
     both_parts: usize,
     /// 216: kept by the loop while registers are few: x, w, scales of panels, whether a run came before.
     kept: [usize; 5],
+    /// 256: what to prefetch, how far on for the next time, and bytes to the other panel.
+    next: *const u8,
+    next_step: usize,
+    next_panel: usize,
 }
 
 const _: () = {
@@ -206,6 +214,7 @@ const _: () = {
     assert!(offset_of!(Args, blocks) == 64 && offset_of!(Args, x) == 88 && offset_of!(Args, x_step) == 104);
     assert!(offset_of!(Args, w) == 128 && offset_of!(Args, sums) == 144 && offset_of!(Args, of_rows) == 160);
     assert!(offset_of!(Args, parts) == 184 && offset_of!(Args, both_parts) == 208 && offset_of!(Args, kept) == 216);
+    assert!(offset_of!(Args, next) == 256 && offset_of!(Args, next_panel) == 272);
 };
 
 /// Sums of two runs of a block.
@@ -215,7 +224,21 @@ struct Parts([[u8; TILE]; 8]);
 impl ManyRows<'_> {
     /// `sums += x . panels`, in the canonical order, subnormals flushed.
     pub(crate) fn run(self, token: AmxToken) {
-        let ManyRows { steps, w, panel_stride, panels, x, all_steps, first_step, rows, scaled, sums } = self;
+        let ManyRows {
+            steps,
+            w,
+            panel_stride,
+            panels,
+            x,
+            all_steps,
+            first_step,
+            rows,
+            scaled,
+            next,
+            next_panel,
+            next_bytes,
+            sums,
+        } = self;
         if steps == 0 || rows == 0 {
             return;
         }
@@ -246,6 +269,7 @@ impl ManyRows<'_> {
             let x0 = tile_of_x(first).wrapping_add(step_of_x(of[0]));
             let x1 = tile_of_x(first + 16).wrapping_add(step_of_x(of[1]));
             let h = of.map(|h| h as u8);
+            let most = if scaled.is_some() { 2 * 64 } else { 64 };
             let mut args = Args {
                 config: TileConfig::new([h[0], h[0], h[1], h[1], h[0], h[1], 16, 16]),
                 blocks,
@@ -266,6 +290,10 @@ impl ManyRows<'_> {
                 rows: of,
                 both_parts: (2 * parts as usize).wrapping_add(4 * TILE),
                 kept: [0; 5],
+                next: next.as_ptr(),
+                // Beyond a line a time some lines would be left out: few rows have no time for more.
+                next_step: next_bytes.div_ceil(blocks * if scaled.is_some() { runs } else { steps }).min(most),
+                next_panel,
             };
             let _: AmxToken = token;
             #[cfg(target_arch = "x86_64")]
@@ -292,22 +320,25 @@ impl ManyRows<'_> {
 }
 
 /// The products of a step for all steps at rsi, rdi (x) and r9 (w), rcx of them. Sums are `[tile of rows][panel]` from tmm0 on. x comes
-/// from the second-level cache: whole blocks ask for it two steps ahead.
+/// from the second-level cache: whole blocks ask for it two steps ahead. `$more` is done once a step.
 macro_rules! multiply {
-    (1, 1) => {
-        r"
+    (1, 1, $more:expr) => {
+        concat!(
+            r"
         3:
         tileloadd tmm4, [rsi + rdx * 1]
         tileloadd tmm6, [r9 + rdx * 1]
         tdpbf16ps tmm0, tmm4, tmm6
         add rsi, [r13 + 104]
         add r9, 1024
-        dec rcx
-        jnz 3b
-        "
+        ",
+            $more,
+            "dec rcx\njnz 3b\n"
+        )
     };
-    (1, 2) => {
-        r"
+    (1, 2, $more:expr) => {
+        concat!(
+            r"
         mov r15, r9
         add r15, [r13 + 136]
         3:
@@ -319,12 +350,14 @@ macro_rules! multiply {
         add rsi, [r13 + 104]
         add r9, 1024
         add r15, 1024
-        dec rcx
-        jnz 3b
-        "
+        ",
+            $more,
+            "dec rcx\njnz 3b\n"
+        )
     };
-    (2, 1) => {
-        r"
+    (2, 1, $more:expr) => {
+        concat!(
+            r"
         3:
         tileloadd tmm4, [rsi + rdx * 1]
         tileloadd tmm6, [r9 + rdx * 1]
@@ -334,12 +367,14 @@ macro_rules! multiply {
         add rsi, [r13 + 104]
         add rdi, [r13 + 112]
         add r9, 1024
-        dec rcx
-        jnz 3b
-        "
+        ",
+            $more,
+            "dec rcx\njnz 3b\n"
+        )
     };
-    (2, 2) => {
-        r"
+    (2, 2, $more:expr) => {
+        concat!(
+            r"
         mov r15, r9
         add r15, [r13 + 136]
         3:
@@ -361,9 +396,10 @@ macro_rules! multiply {
         add rdi, [r13 + 112]
         add r9, 1024
         add r15, 1024
-        dec rcx
-        jnz 3b
-        "
+        ",
+            $more,
+            "dec rcx\njnz 3b\n"
+        )
     };
 }
 
@@ -435,6 +471,8 @@ macro_rules! many_rows {
                     "mov rax, [r13 + 64]",
                     "mov r8, [r13 + 88]",
                     "mov r10, [r13 + 144]",
+                    "mov r12, [r13 + 256]",
+                    "mov r14, [r13 + 272]",
                     "mov edx, 64",
                     // A block of rows.
                     "2:",
@@ -446,7 +484,7 @@ macro_rules! many_rows {
                     "mov r11, r10",
                     "add r11, [r13 + 152]",
                     each_sum!(load, $rows, $panels),
-                    multiply!($rows, $panels),
+                    multiply!($rows, $panels, "prefetcht1 [r12]\nprefetcht1 [r12 + r14]\nadd r12, [r13 + 264]\n"),
                     each_sum!(store, $rows, $panels),
                     "add r8, [r13 + 120]",
                     "add r10, 2048",
@@ -455,7 +493,7 @@ macro_rules! many_rows {
                     "tilerelease",
                     in("r13") args,
                     out("rax") _, out("rcx") _, out("rdx") _, out("rsi") _, out("rdi") _, out("r8") _, out("r9") _, out("r10") _,
-                    out("r11") _, out("r15") _,
+                    out("r11") _, out("r12") _, out("r14") _, out("r15") _,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
                     out("tmm7") _,
                     options(nostack),
@@ -568,7 +606,7 @@ macro_rules! scaled_rows {
                     "mov edx, 64",
                     "mov rcx, [r13 + 80]",
                     each_sum!(zero, $rows, $panels),
-                    multiply!($rows, $panels),
+                    multiply!($rows, $panels, ""),
                     "mov [r13 + 216], rsi",
                     "mov [r13 + 224], rdi",
                     "mov [r13 + 232], r9",
@@ -580,6 +618,15 @@ macro_rules! scaled_rows {
                     "vmovups zmm17, zmmword ptr [rcx + 64]",
                     "sub rcx, -128",
                     "mov [r13 + 240], rcx",
+                    "mov rcx, [r13 + 256]",
+                    "prefetcht1 [rcx]",
+                    "prefetcht1 [rcx + 64]",
+                    "mov rdx, rcx",
+                    "add rdx, [r13 + 272]",
+                    "prefetcht1 [rdx]",
+                    "prefetcht1 [rdx + 64]",
+                    "add rcx, [r13 + 264]",
+                    "mov [r13 + 256], rcx",
                     add_tiles!($rows, $panels),
                     "add r14, [r13 + 168]",
                     "test r12, r12",
