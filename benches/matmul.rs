@@ -2,7 +2,7 @@
 //! call, and the roofline: `trnk bench matmul`, from which the cases here come.
 //!
 //! Decode (m = 1) is reported in bytes of codes and scales read, prefill (m = 512) in floating-point operations. Decode weights
-//! rotate over copies that together exceed twice the last-level caches.
+//! rotate over copies that together exceed four times the last-level caches.
 
 #[allow(dead_code)] // the cases of `trnk bench` that this bench has no use for
 #[path = "../src/bin/trnk/bench/case.rs"]
@@ -11,7 +11,7 @@ mod case;
 use case::{Acts, Cold, Dense, Shape, Weights};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::time::Duration;
-use trn_kernels::cpu::limits::{Peak, StreamRead, last_level_caches};
+use trn_kernels::cpu::limits::{Peak, StreamRead};
 use trn_kernels::{Cpu, Parallelism};
 
 /// gpt-oss's hidden size.
@@ -64,7 +64,7 @@ fn matmul(c: &mut Criterion) {
         .with_parallelism(Parallelism::Pool(&pool));
     for (name, scheme) in case::SCHEMES {
         let weights = Weights::random(scheme, SHAPE, 3);
-        let cold = Cold::new(&cpu, weights, 2 * last_level_caches()).expect("supported");
+        let cold = Cold::new(&cpu, weights, case::cold_bytes()).expect("supported");
         let mut group = c.benchmark_group(name);
         group.sample_size(10);
         for m in [1, PREFILL] {

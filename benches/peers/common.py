@@ -30,8 +30,8 @@ def last_level_caches():
 
 
 def copies(weight_bytes):
-    """Copies that together exceed twice the last-level caches, two at least."""
-    return max(2, 2 * last_level_caches() // weight_bytes + 1)
+    """Copies that together exceed four times the last-level caches, two at least."""
+    return max(2, 4 * last_level_caches() // weight_bytes + 1)
 
 
 def serve(name, weight_bytes, calls):

@@ -30,7 +30,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 use table::{COLUMNS, Origin, Row};
-use trn_kernels::cpu::limits::{StreamRead, last_level_caches, name};
+use trn_kernels::cpu::limits::{StreamRead, name};
 use trn_kernels::{Cpu, Parallelism};
 
 /// trn-kernels and its Rust peers on the same data. Threads: RAYON_NUM_THREADS, which candle obeys too.
@@ -101,7 +101,7 @@ fn main() -> Result<(), String> {
             let weights = Weights::random(case::scheme(scheme)?, shape, 3);
             let mut w = vec![0.0; shape.n * shape.k];
             weights.view().and_then(|view| view.dequantize_f32(&mut w)).map_err(|e| e.to_string())?;
-            let cold = Cold::new(&cpu, weights, 2 * last_level_caches())?;
+            let cold = Cold::new(&cpu, weights, case::cold_bytes())?;
             for &m in &args.m {
                 let on = Operands { shape, m, x: peer::activations(m, shape.k), w: w.clone() };
                 let exact = on.first_row();
@@ -150,7 +150,7 @@ fn contestants<'a>(
     cold: &'a Cold,
     on: &'a Operands,
 ) -> Result<Vec<Box<dyn Peer + 'a>>, String> {
-    let caches = 2 * last_level_caches();
+    let caches = case::cold_bytes();
     let scheme = case::scheme_name(cold.weights.scheme);
     let ours = |acts: Acts| {
         let mut dense = Dense::new(cold, acts, on.m);

@@ -5,6 +5,7 @@ use half::bf16;
 use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
+use trn_kernels::cpu::limits::last_level_caches;
 use trn_kernels::matmul::oracle::{self, OutputType};
 use trn_kernels::matmul::{MatmulOptions, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::num::Fp8;
@@ -220,6 +221,12 @@ impl Cold {
         let count = copies(weights.bytes(), cold);
         Ok(Cold { weights, copies: vec![packed; count] })
     }
+}
+
+/// Bytes that weights rotate over: as many as the read limit walks, so that neither finds more in a cache than the other. (Twice
+/// the last-level caches would be too few: caches that keep some lines of a cycle they cannot hold would keep a third of it.)
+pub(crate) fn cold_bytes() -> usize {
+    last_level_caches().saturating_mul(4)
 }
 
 /// Copies of `bytes` that together exceed `cold`, two at least.

@@ -133,7 +133,7 @@ Examples:
 How it measures. Before every call the machine's limits are measured anew: reading memory by the best pattern found at the
 start, and the fastest arithmetic that the kernel's tier has, both on the same threads. Each figure is the median over calls;
 each share is the median of the ratios of a call to the limits just before it, so that a machine whose speed drifts or is
-shared can be measured. Weights rotate over copies larger than twice the last-level caches. One product is checked against
+shared can be measured. Weights rotate over copies larger than four times the last-level caches. One product is checked against
 the oracle.
 
 Columns:
@@ -248,7 +248,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 
 fn matmul(args: &Matmul) -> Result<(), Failure> {
     let groups = args.groups()?;
-    let cold = limits::last_level_caches().saturating_mul(2);
+    let cold = case::cold_bytes();
     args.check_memory(&groups, cold as f64)?;
     let pool = args.run.pool()?;
     let (cpu, origin) = args.run.cpu(&pool)?;

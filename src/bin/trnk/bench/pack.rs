@@ -9,7 +9,7 @@ use rayon::ThreadPool;
 use std::hint::black_box;
 use std::time::Duration;
 use trn_kernels::Cpu;
-use trn_kernels::cpu::limits::{self, StreamRead};
+use trn_kernels::cpu::limits::StreamRead;
 use trn_kernels::quant::Scheme;
 
 /// Arguments of `trnk bench pack`.
@@ -29,7 +29,7 @@ pub(super) struct Pack {
 
 pub(super) const LONG_HELP: &str = "\
 Packing and copying take turns, each into memory just allocated and on the same threads, from sources that rotate over more than
-twice the last-level caches. Figures are medians.
+four times the last-level caches. Figures are medians.
 
 Columns:
   GB/s     bytes of codes and scales packed in a second
@@ -44,7 +44,7 @@ pub(super) fn run(args: &Pack) -> Result<(), Failure> {
         true => SCHEMES.map(|(_, scheme)| scheme).to_vec(),
         false => args.schemes.clone(),
     };
-    let cold = limits::last_level_caches().saturating_mul(2);
+    let cold = case::cold_bytes();
     let cases: Vec<_> = schemes.iter().flat_map(|scheme| args.shapes.iter().map(|shape| (*scheme, *shape))).collect();
     for &(scheme, shape) in &cases {
         case::check_blocks(scheme, shape).map_err(Failure::usage)?;
