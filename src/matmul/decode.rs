@@ -5,7 +5,7 @@
 
 use super::coding::Coding;
 use super::layout::{GROUP, PackedLayout};
-use super::tiles::{Tiles, add_scaled};
+use super::tiles::Tiles;
 use crate::cpu::{Kernel, LANES, LINE, STEP, Simd};
 
 /// Sums of rows of x with consecutive panels.
@@ -62,8 +62,7 @@ impl<C: Coding> Kernel for Decode<'_, C> {
                 {
                     let start = tiles.start(step);
                     for (p, (part, sums)) in part.chunks_exact(rows).zip(sums.chunks_exact_mut(rows)).enumerate() {
-                        let of_panel = tiles.lanes(first_panel + first + p, start);
-                        add_scaled(s, part, |r| tiles.row(r, start), &of_panel, sums);
+                        tiles.add(s, (0, first_panel + first + p, start), part, sums);
                     }
                 }
                 step = end;
@@ -137,7 +136,8 @@ impl<C: Coding> Piece<'_, C> {
     /// R rows by P panels, in the canonical order.
     #[inline(always)]
     fn steps<S: Simd, const R: usize, const P: usize>(self, s: S, panel: usize, row: usize, sums: &mut [[f32; LANES]]) {
-        let (mut scales, mut lines): ([&[[u8; LANES]]; P], [&[[u8; LINE]]; P]) = ([&[]; P], [&[]; P]);
+        let mut scales: [&[[u8; LANES]]; P] = [&[]; P];
+        let mut lines: [&[[u8; LINE]]; P] = [&[]; P];
         let mut next = [self.data.as_ptr(); P];
         let mut acc = [[s.splat(0.0); R]; P];
         for p in 0..P {
@@ -159,7 +159,7 @@ impl<C: Coding> Piece<'_, C> {
         for (r, x) in x.iter_mut().enumerate() {
             *x = &self.x[(row + r) * self.stride + self.step * STEP..].as_chunks().0[..self.count];
         }
-        for step in 0..self.count {
+        for _ in 0..self.count {
             let mut step_scales: [&[[u8; LANES]]; P] = [&[]; P];
             let mut step_lines: [&[[u8; LINE]]; P] = [&[]; P];
             let mut rows: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
@@ -168,7 +168,8 @@ impl<C: Coding> Piece<'_, C> {
                 (step_lines[p], lines[p]) = lines[p].split_at(C::LINES);
             }
             for r in 0..R {
-                rows[r] = &x[r][step];
+                let (now, after) = x[r].split_at(1);
+                (rows[r], x[r]) = (&now[0], after);
             }
             // Even and odd k together if there are registers for both.
             let [even, odd] = if const { 2 * R * P <= S::CHAINS } {

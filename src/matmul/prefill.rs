@@ -4,7 +4,7 @@
 
 use super::coding::{Coding, decode_any};
 use super::layout::PackedLayout;
-use super::tiles::{AddScaled, Tiles};
+use super::tiles::Tiles;
 use crate::cpu::{Kernel, LANES, LINE, STEP, Simd, Tier, flushed};
 use std::ops::Range;
 
@@ -76,20 +76,15 @@ impl<C: Coding> Prefill<'_, C> {
                 None => tier.run(DecodedAny { layout, data, panels, step, out: decoded }),
             }
             let (x, stride, flush) = (&self.x[step * STEP..], self.stride, self.flush);
-            match &self.tiles {
-                None => tier.run(Multiply { x, stride, rows, decoded, panels, flush, sums }),
-                Some(tiles) => {
-                    let part = &mut self.part[..panels * rows];
-                    if tiles.begins(step) {
-                        part.fill([0.0; LANES]);
-                    }
-                    tier.run(Multiply { x, stride, rows, decoded, panels, flush, sums: part });
-                    if tiles.ends(end, layout.steps()) {
-                        let panel = self.first_panel + panel;
-                        tier.run(AddScaled { tiles, panel, start: tiles.start(step), rows, part, acc: sums });
-                    }
-                }
-            }
+            let tile = self.tiles.as_ref().map(|tiles| Tile {
+                tiles,
+                panel: self.first_panel + panel,
+                start: tiles.start(step),
+                begins: tiles.begins(step),
+                ends: tiles.ends(end, layout.steps()),
+                part: &mut self.part[..panels * rows],
+            });
+            tier.run(Multiply { x, stride, rows, decoded, panels, flush, tile, sums });
             step = end;
         }
     }
@@ -164,8 +159,22 @@ struct Multiply<'a> {
     decoded: &'a [[f32; LANES]],
     panels: usize,
     flush: bool,
+    tile: Option<Tile<'a>>,
     /// `[panel][row]`.
     sums: &'a mut [[f32; LANES]],
+}
+
+/// The scale tile that a chunk of steps lies in.
+struct Tile<'a> {
+    tiles: &'a Tiles<'a>,
+    /// First panel, and first k of the tile.
+    panel: usize,
+    start: usize,
+    /// Whether the chunk begins and ends it.
+    begins: bool,
+    ends: bool,
+    /// Its sums so far, as [`Multiply::sums`].
+    part: &'a mut [[f32; LANES]],
 }
 
 impl Kernel for Multiply<'_> {
@@ -221,6 +230,20 @@ impl Multiply<'_> {
         for (r, x_row) in x_rows.iter_mut().enumerate() {
             *x_row = &self.x[(row + r) * self.stride..].as_chunks().0[..decoded.len()];
         }
+        // In memory: the chains have the registers. Sums of a tile that is one chunk stay in the same few lines, in L1.
+        let whole = matches!(self.tile, Some(Tile { begins: true, ends: true, .. }));
+        let (stride, at) = if whole { (R, 0) } else { (self.rows, row) };
+        let sums = match &mut self.tile {
+            None => &mut *self.sums,
+            Some(tile) => {
+                if tile.begins {
+                    for p in 0..P {
+                        tile.part[p * stride + at..][..R].fill([0.0; LANES]);
+                    }
+                }
+                &mut *tile.part
+            }
+        };
         for (step, decoded) in decoded.iter().enumerate() {
             let mut x: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
             for r in 0..R {
@@ -229,11 +252,17 @@ impl Multiply<'_> {
             let even = chains::<S, R, P, 0, FLUSH>(s, &x, decoded);
             let odd = chains::<S, R, P, 1, FLUSH>(s, &x, decoded);
             for p in 0..P {
-                let sums = &mut self.sums[p * self.rows + row..][..R];
+                let sums = &mut sums[p * stride + at..][..R];
                 for r in 0..R {
                     let sum = flushed::<S, FLUSH>(s, s.add(even[r][p], odd[r][p]));
                     s.store(flushed::<S, FLUSH>(s, s.add(s.load(&sums[r]), sum)), &mut sums[r]);
                 }
+            }
+        }
+        if let Some(Tile { tiles, panel, start, part, ends: true, .. }) = &self.tile {
+            for p in 0..P {
+                let (part, sums) = (&part[p * stride + at..][..R], &mut self.sums[p * self.rows + row..][..R]);
+                tiles.add(s, (row, panel + p, *start), part, sums);
             }
         }
     }

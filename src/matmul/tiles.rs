@@ -69,23 +69,34 @@ impl Tiles<'_> {
     }
 }
 
-/// `acc[r] = fma(part[r], of_row(r) * of_panel, acc[r])`: IEEE f32, nothing flushed.
-#[inline(always)]
-pub(super) fn add_scaled<S: Simd>(
-    s: S,
-    part: &[[f32; LANES]],
-    of_row: impl Fn(usize) -> f32,
-    of_panel: &[f32; LANES],
-    acc: &mut [[f32; LANES]],
-) {
-    let of_panel = s.load(of_panel);
-    for (r, (part, acc)) in part.iter().zip(acc).enumerate() {
-        let scale = s.mul(s.splat(of_row(r)), of_panel);
-        s.store(s.fma(s.load(part), scale, s.load(acc)), acc);
+impl Tiles<'_> {
+    /// `acc[i] = fma(part[i], scale of row (row + i) * scales of the panel, acc[i])` for the tile from k = `start` on: IEEE f32,
+    /// nothing flushed.
+    #[inline(always)]
+    pub(super) fn add<S: Simd>(
+        &self,
+        s: S,
+        (row, panel, start): (usize, usize, usize),
+        part: &[[f32; LANES]],
+        acc: &mut [[f32; LANES]],
+    ) {
+        let of_panel = s.load(&self.lanes(panel, start));
+        let sums = part.iter().zip(acc);
+        if self.x.scale_tile().is_none() {
+            // Times one: nothing to multiply, nothing to look up.
+            for (part, acc) in sums {
+                s.store(s.fma(s.load(part), of_panel, s.load(acc)), acc);
+            }
+            return;
+        }
+        for (i, (part, acc)) in sums.enumerate() {
+            let scale = s.mul(s.splat(self.row(row + i, start)), of_panel);
+            s.store(s.fma(s.load(part), scale, s.load(acc)), acc);
+        }
     }
 }
 
-/// [`add_scaled`] for a few panels, `[panel][row]`.
+/// [`Tiles::add`] for a few panels, `[panel][row]`.
 pub(super) struct AddScaled<'a> {
     pub(super) tiles: &'a Tiles<'a>,
     pub(super) panel: usize,
@@ -101,7 +112,7 @@ impl Kernel for AddScaled<'_> {
     fn run<S: Simd>(self, s: S) {
         let AddScaled { tiles, panel, start, rows, part, acc } = self;
         for (p, (part, acc)) in part.chunks_exact(rows).zip(acc.chunks_exact_mut(rows)).enumerate() {
-            add_scaled(s, part, |r| tiles.row(r, start), &tiles.lanes(panel + p, start), acc);
+            tiles.add(s, (0, panel + p, start), part, acc);
         }
     }
 }
