@@ -54,11 +54,6 @@ pub(crate) trait Simd: Copy {
     const FP4_POWER: i32;
 
     fn splat(self, x: f32) -> Self::V;
-    /// [`Simd::splat`] of a number in memory that several operations use: loaded once, into a register.
-    #[inline(always)]
-    fn splat_from(self, x: &f32) -> Self::V {
-        self.splat(*x)
-    }
     fn load(self, x: &[f32; LANES]) -> Self::V;
     fn store(self, x: Self::V, to: &mut [f32; LANES]);
     /// `a * b + c`, rounded once.

@@ -282,7 +282,7 @@ fn chains<S: Simd, const R: usize, const P: usize, const ODD: usize, const FLUSH
             w[p] = s.load(&decoded[k][p]);
         }
         for r in 0..R {
-            let x = s.splat_from(&x[r][k]);
+            let x = s.splat(x[r][k]);
             for p in 0..P {
                 chains[r][p] = flushed::<S, FLUSH>(s, s.fma(x, w[p], chains[r][p]));
             }

@@ -24,26 +24,6 @@ macro_rules! op {
     };
 }
 
-/// Sixteen times `x`, in a register.
-///
-/// The compiler would fold the broadcast into each operation that uses it: three loads instead of one, and loads, two a cycle, would
-/// then be what the prefill kernel waits for.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn broadcast(x: &f32) -> __m512 {
-    let splat: __m512;
-    // SAFETY: reads the four bytes of `x`, writes one register.
-    unsafe {
-        std::arch::asm!(
-            "vbroadcastss {}, dword ptr [{}]",
-            out(zmm_reg) splat,
-            in(reg) x,
-            options(pure, readonly, nostack, preserves_flags),
-        );
-    }
-    splat
-}
-
 impl Simd for Avx512 {
     type V = __m512;
     type W = __m512i;
@@ -59,11 +39,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         op!(_mm512_set1_ps(x))
-    }
-
-    #[inline(always)]
-    fn splat_from(self, x: &f32) -> __m512 {
-        op!(broadcast(x))
     }
 
     #[inline(always)]
