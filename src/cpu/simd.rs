@@ -65,6 +65,10 @@ pub(crate) trait Simd: Copy {
 
     /// Sixteen little-endian words.
     fn words(self, line: &[u8; LINE]) -> Self::W;
+    /// The opposite.
+    fn store_words(self, words: Self::W, line: &mut [u8; LINE]);
+    /// Words of both in turn: `a0 b0 a1 b1 ... a7 b7` and `a8 b8 ... a15 b15`.
+    fn interleave(self, a: Self::W, b: Self::W) -> [Self::W; 2];
     /// Values of the E2M1 codes in the nibbles of each little-endian word, times `2^FP4_POWER`, in the order of the packed layout:
     /// k 0 to 7 are the nibbles 0 4 1 5 2 6 3 7 from the lowest. -0 may become +0 unless `SIGNED_ZERO`: chains that nothing
     /// flushes to -0 do not show it.

@@ -1,5 +1,5 @@
 //! Memory: scratch that the caller owns, and cache lines for packed weights.
-#![allow(unsafe_code)] // `Line` is plain bytes; advice to the kernel about pages
+#![allow(unsafe_code)] // advice to the kernel about pages
 
 use super::simd::LINE;
 use crate::error::{Error, Result};
@@ -61,55 +61,66 @@ impl Scratch {
     }
 }
 
-/// A cache line of bytes.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; LINE]);
-
-// SAFETY: all zero bytes are a `Line`: it is an array of bytes.
-unsafe impl bytemuck::Zeroable for Line {}
-// SAFETY: `repr(C)`, an array of 64 bytes aligned to 64: no padding, every bit pattern valid, no pointers, Copy, 'static.
-unsafe impl bytemuck::Pod for Line {}
-
-/// Bytes that begin at a cache line, a whole number of lines. Large ones ask the system for huge pages: packed weights are walked
-/// in many streams at once, each of which needs a page entry of its own.
+/// Bytes that begin at a cache line. Large ones begin at a huge page and ask the system for huge pages: packed weights are walked in
+/// many streams at once, each of which needs a page entry of its own.
 #[derive(Debug)]
-pub(crate) struct Lines(Vec<Line>);
+pub(crate) struct Lines {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
 
 impl Lines {
-    /// Zeros.
+    /// Zeros, as the system gives them: no page is touched before its first use, by whichever thread that is.
     ///
     /// # Errors
     /// [`Error::Overflow`] where the memory is not to be had.
-    pub(crate) fn zeroed(operand: &'static str, bytes: usize) -> Result<Lines> {
+    pub(crate) fn zeroed(operand: &'static str, len: usize) -> Result<Lines> {
         let refused = || Error::Overflow { operand: operand.into() };
-        let lines = Lines(bytemuck::allocation::try_zeroed_vec(bytes.div_ceil(LINE)).map_err(|()| refused())?);
-        huge_pages(&lines.0);
-        Ok(lines)
+        // Bytes and not lines: a standard allocator fills zeros in by hand where it is asked for an alignment.
+        let room = len.checked_add(alignment(len)).ok_or_else(refused)?;
+        let memory: Vec<u8> = bytemuck::allocation::try_zeroed_vec(room).map_err(|()| refused())?;
+        let start = start(memory.as_ptr(), len);
+        huge_pages(&memory[start..start + len]);
+        Ok(Lines { memory, start, len })
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
+        &self.memory[self.start..self.start + self.len]
     }
 
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.0)
+        &mut self.memory[self.start..self.start + self.len]
     }
 }
 
 impl Clone for Lines {
     fn clone(&self) -> Self {
-        let mut lines = Vec::with_capacity(self.0.len());
-        huge_pages(lines.spare_capacity_mut());
-        lines.extend_from_slice(&self.0);
-        Lines(lines)
+        let mut memory = Vec::with_capacity(self.len + alignment(self.len));
+        let start = start(memory.as_ptr(), self.len);
+        huge_pages(&memory.spare_capacity_mut()[start..start + self.len]);
+        memory.resize(start, 0);
+        memory.extend_from_slice(self.bytes());
+        Lines { memory, start, len: self.len }
     }
+}
+
+/// A huge page of x86-64.
+const HUGE: usize = 2 << 20;
+
+/// Where so many bytes should begin: what fills no huge page takes no place in one.
+fn alignment(len: usize) -> usize {
+    if len < HUGE { LINE } else { HUGE }
+}
+
+/// Where they begin in memory for so many and [`alignment`] more.
+fn start(memory: *const u8, len: usize) -> usize {
+    memory.align_offset(alignment(len)).min(alignment(len))
 }
 
 /// Advises Linux to back whole 2 MiB pages of `memory` by huge ones (madvise, MADV_HUGEPAGE). Refusal changes nothing but time.
 #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
 fn huge_pages<T>(memory: &[T]) {
-    const HUGE: usize = 2 << 20;
     const MADVISE: usize = 28;
     const MADV_HUGEPAGE: usize = 14;
     let range = memory.as_ptr_range();
@@ -142,9 +153,9 @@ mod tests {
 
     #[test]
     fn lines_are_aligned_and_zero() {
-        for bytes in [0, 1, 64, 65, 5 << 20] {
+        for bytes in [0, 1, 64, 65, HUGE - 1, 5 << 20] {
             let mut lines = Lines::zeroed("x", bytes).unwrap();
-            assert!(lines.bytes().len() >= bytes && lines.bytes().as_ptr().align_offset(LINE) == 0);
+            assert!(lines.bytes().len() == bytes && lines.bytes().as_ptr().align_offset(LINE) == 0);
             assert!(lines.bytes().iter().all(|b| *b == 0));
             lines.bytes_mut().fill(7);
             assert_eq!(lines.clone().bytes(), lines.bytes());

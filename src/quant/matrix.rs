@@ -483,6 +483,27 @@ impl<'a> QuantizedMatrix<'a> {
         }
     }
 
+    /// A row's code bytes, if they lie one after the other in [`NibbleOrder::Interleaved`] order; else nothing.
+    pub(crate) fn row_codes(&self, row: usize) -> &'a [u8] {
+        match self.nibbles {
+            NibbleOrder::Interleaved if row < self.n => {
+                let start = row * self.codes.row;
+                &self.codes.data[start..start + self.scheme.code_bytes(self.k)]
+            }
+            _ => &[],
+        }
+    }
+
+    /// A row's block scales, if it has any and they lie one after the other; else nothing.
+    pub(crate) fn row_scales(&self, row: usize) -> &'a [u8] {
+        match &self.scales {
+            Scales::E8m0(s) | Scales::Nvfp4 { block: s, .. } if row < self.n && s.block == 1 => {
+                s.at(row, 0, self.k / self.scheme.block())
+            }
+            _ => &[],
+        }
+    }
+
     /// Code bytes of as many elements as `out` has room for, from the even element `first` of a row, in
     /// [`NibbleOrder::Interleaved`] order, zero past k.
     #[inline]

@@ -93,6 +93,20 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn store_words(self, words: Self::W, line: &mut [u8; LINE]) {
+        let (a, b) = line.split_at_mut(LINE / 2);
+        // SAFETY: `a` is 32 writable bytes; the store asks for no alignment. The feature: as `op`.
+        unsafe { _mm256_storeu_si256(a.as_mut_ptr().cast(), words[0]) };
+        // SAFETY: as above.
+        unsafe { _mm256_storeu_si256(b.as_mut_ptr().cast(), words[1]) };
+    }
+
+    #[inline(always)]
+    fn interleave(self, a: Self::W, b: Self::W) -> [Self::W; 2] {
+        [self.interleave_half(a[0], b[0]), self.interleave_half(a[1], b[1])]
+    }
+
+    #[inline(always)]
     fn fp4<const SIGNED_ZERO: bool>(self, line: &[u8; LINE]) -> [Self::V; 8] {
         let [first, second] = self.words(line);
         let (a, b) = (self.fp4_half::<SIGNED_ZERO>(first), self.fp4_half::<SIGNED_ZERO>(second));
@@ -170,6 +184,15 @@ impl Avx2 {
         let low = op!(_mm256_castsi256_si128(x));
         let high = op!(_mm256_extracti128_si256::<1>(x));
         [op!(_mm256_cvtph_ps(low)), op!(_mm256_cvtph_ps(high))]
+    }
+
+    #[inline(always)]
+    fn interleave_half(self, a: __m256i, b: __m256i) -> [__m256i; 2] {
+        // In each half of a register: words 0 and 1 of both, words 2 and 3 of both.
+        let low = op!(_mm256_unpacklo_epi32(a, b));
+        let high = op!(_mm256_unpackhi_epi32(a, b));
+        let first = op!(_mm256_permute2x128_si256::<0x20>(low, high));
+        [first, op!(_mm256_permute2x128_si256::<0x31>(low, high))]
     }
 
     #[inline(always)]

@@ -83,6 +83,19 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_words(self, words: __m512i, line: &mut [u8; LINE]) {
+        // SAFETY: `line` is 64 writable bytes; the store asks for no alignment. The feature: as `op`.
+        unsafe { _mm512_storeu_si512(line.as_mut_ptr().cast(), words) }
+    }
+
+    #[inline(always)]
+    fn interleave(self, a: __m512i, b: __m512i) -> [__m512i; 2] {
+        let first = op!(_mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+        let last = op!(_mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+        [op!(_mm512_permutex2var_epi32(a, first, b)), op!(_mm512_permutex2var_epi32(a, last, b))]
+    }
+
+    #[inline(always)]
     fn fp4<const SIGNED_ZERO: bool>(self, line: &[u8; LINE]) -> [__m512; 8] {
         let words = self.words(line);
         [

@@ -163,6 +163,17 @@ mod tests {
                 let line: [u8; LINE] = std::array::from_fn(|i| first.wrapping_add((i * 37) as u8));
                 let word = |l: usize| u32::from_le_bytes([0, 1, 2, 3].map(|b| line[4 * l + b]));
                 let words = s.words(&line);
+                let mut back = [0; LINE];
+                s.store_words(words, &mut back);
+                assert_eq!(back, line);
+                let other: [u8; LINE] = line.map(|b| !b);
+                for (i, words) in s.interleave(words, s.words(&other)).into_iter().enumerate() {
+                    s.store_words(words, &mut back);
+                    for (at, word) in back.as_chunks::<4>().0.iter().enumerate() {
+                        let from = [&line, &other][at % 2].as_chunks::<4>().0;
+                        assert_eq!(*word, from[i * LANES / 2 + at / 2]);
+                    }
+                }
                 let (exact, any) = (s.fp4::<true>(&line), s.fp4::<false>(&line));
                 for (k, shift) in [0, 16, 4, 20, 8, 24, 12, 28].into_iter().enumerate() {
                     let up = (S::FP4_POWER as f32).exp2();

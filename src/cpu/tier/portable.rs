@@ -74,6 +74,22 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn store_words(self, words: Self::W, line: &mut [u8; LINE]) {
+        for (to, word) in line.as_chunks_mut().0.iter_mut().zip(words) {
+            *to = word.to_le_bytes();
+        }
+    }
+
+    #[inline(always)]
+    fn interleave(self, a: Self::W, b: Self::W) -> [Self::W; 2] {
+        let mut words = [[[0; 2]; LANES / 2]; 2];
+        for (pair, (a, b)) in words.as_flattened_mut().iter_mut().zip(a.into_iter().zip(b)) {
+            *pair = [a, b];
+        }
+        bytemuck::cast(words)
+    }
+
+    #[inline(always)]
     fn fp4<const SIGNED_ZERO: bool>(self, line: &[u8; LINE]) -> [Self::V; 8] {
         let words = self.words(line);
         [0, 16, 4, 20, 8, 24, 12, 28].map(|shift| each(|l| F4E2M1x2::VALUES[(words[l] >> shift & 15) as usize]))
