@@ -1,10 +1,9 @@
 //! How the lines of a packed step become sixteen lanes of f32, for each kind of code.
 #![forbid(unsafe_code)]
 
-use crate::cpu::{FP4_HEADROOM, Fp8Bits, LANES, LINE, STEP, Simd, flush};
-use crate::num::{E8M0, F4E2M1x2, F8E4M3Fn};
+use crate::cpu::{FP4_HEADROOM, Fp8Bits, LANES, LINE, STEP, Simd};
+use crate::num::{E8M0, F8E4M3Fn};
 use crate::quant::Scheme;
-use half::bf16;
 
 /// Most k in a line.
 const MAX_K: usize = 8;
@@ -246,28 +245,51 @@ pub(super) use with_coding;
 
 /// The definition, for any codes and scales: values `[32][16]` of a step, code x block scale, subnormals flushed.
 #[inline(always)]
-pub(super) fn decode_any(scheme: Scheme, scales: &[u8], codes: &[u8], out: &mut [[f32; LANES]; STEP]) {
-    let scale = |l: usize, k: usize| match scheme {
-        Scheme::Mxfp4 | Scheme::Mxfp8(_) => E8M0::from_bits(scales[l]).to_f32(),
-        Scheme::Nvfp4 => F8E4M3Fn::from_bits(scales[k / 16 * LANES + l]).to_f32(),
-        _ => 1.0,
-    };
-    let fp8 = scheme.fp8().map(crate::num::Fp8::values);
-    for (k, out) in out.iter_mut().enumerate() {
-        for (l, out) in out.iter_mut().enumerate() {
-            let element = match (scheme.bits(), fp8) {
-                (4, _) => {
-                    let nibble = k % 8 / 2 + k % 2 * 4;
-                    let byte = codes[k / 8 * LINE + 4 * l + nibble / 2];
-                    F4E2M1x2::VALUES[usize::from(byte >> (nibble % 2 * 4) & 15)]
-                }
-                (_, Some(values)) => values[usize::from(codes[k / 2 * 2 * LANES + 2 * l + k % 2])],
-                _ => {
-                    let at = k / 2 * LINE + 4 * l + k % 2 * 2;
-                    bf16::from_le_bytes([codes[at], codes[at + 1]]).to_f32()
-                }
-            };
-            *out = flush(element * scale(l, k));
+pub(super) fn decode_any<S: Simd>(s: S, scheme: Scheme, scales: &[u8], codes: &[u8], out: &mut [[f32; LANES]; STEP]) {
+    let mut halves = [[1.0; LANES]; 2];
+    for (i, scale) in halves.as_flattened_mut().iter_mut().enumerate() {
+        *scale = match scheme {
+            Scheme::Mxfp4 | Scheme::Mxfp8(_) => E8M0::from_bits(scales[i % LANES]).to_f32(),
+            Scheme::Nvfp4 => F8E4M3Fn::from_bits(scales[i]).to_f32(),
+            _ => 1.0,
+        };
+    }
+    let lines = codes.as_chunks::<LINE>().0;
+    let of_line = STEP / lines.len().max(1);
+    for (i, (line, out)) in lines.iter().zip(out.chunks_exact_mut(of_line)).enumerate() {
+        let scale = s.load(&halves[i * 2 / lines.len()]);
+        let values = elements(s, scheme, line);
+        for (out, value) in out.iter_mut().zip(values) {
+            s.store(s.flush(s.mul(value, scale)), out);
         }
     }
+}
+
+/// Elements of a line, ascending k, for any codes.
+#[inline(always)]
+fn elements<S: Simd>(s: S, scheme: Scheme, line: &[u8; LINE]) -> [S::V; MAX_K] {
+    let Some(element) = scheme.fp8() else {
+        let [a, b] = s.bf16(s.words(line));
+        let mut values = if scheme.bits() == 4 { s.fp4::<true>(line) } else { [a, b, a, b, a, b, a, b] };
+        for value in &mut values {
+            *value = if scheme.bits() == 4 { unit_fp4(s, *value) } else { *value };
+        }
+        return values;
+    };
+    let bits = Fp8Bits::of(element);
+    if line.iter().fold(0, |most, code| most.max(code & 0x7F)) <= element.format().max_code() {
+        return scaled(s, fp8(s, line, bits), s.splat(power_of_two(bits.power)));
+    }
+    // NaN and infinities are known to the table alone.
+    let mut values = [[0.0; LANES]; MAX_K];
+    for (k, values) in values.iter_mut().enumerate() {
+        for (l, value) in values.iter_mut().enumerate() {
+            *value = bits.values[usize::from(line[k % 4 / 2 * 2 * LANES + 2 * l + k % 2])];
+        }
+    }
+    let mut loaded = [s.splat(0.0); MAX_K];
+    for (loaded, values) in loaded.iter_mut().zip(&values) {
+        *loaded = s.load(values);
+    }
+    loaded
 }

@@ -96,7 +96,7 @@ fn pack_panel<S: Simd>(s: S, w: &QuantizedMatrix<'_>, layout: PackedLayout, firs
         let mut values = [[0.0; LANES]; STEP];
         for step in 0..layout.steps() {
             let (scales, codes) = layout.step(step);
-            decode_any(layout.scheme(), &panel[scales], &panel[codes], &mut values);
+            decode_any(s, layout.scheme(), &panel[scales], &panel[codes], &mut values);
             facts.finite &= values.as_flattened().iter().fold(true, |all, v| all & v.is_finite());
         }
     }

@@ -134,14 +134,14 @@ struct DecodedAny<'a> {
 
 impl Kernel for DecodedAny<'_> {
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, s: S) {
         let DecodedAny { layout, data, panels, .. } = self;
         let mut values = [[0.0; LANES]; STEP];
         for p in 0..panels {
             let panel = &data[p * layout.panel_bytes()..];
             for (step, out) in self.out.chunks_exact_mut(STEP * panels).enumerate() {
                 let (scales, codes) = layout.step(self.step + step);
-                decode_any(layout.scheme(), &panel[scales], &panel[codes], &mut values);
+                decode_any(s, layout.scheme(), &panel[scales], &panel[codes], &mut values);
                 for (out, values) in out.chunks_exact_mut(panels).zip(&values) {
                     out[p] = *values;
                 }
