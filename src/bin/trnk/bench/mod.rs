@@ -113,7 +113,7 @@ struct Matmul {
     #[arg(long)]
     full: bool,
 
-    /// Write the results as CSV. In a folder that exists they are added to <cpu>/<date>.csv
+    /// Write the results as CSV. In a folder that exists they are added to CPU/DATE.csv
     #[arg(long, value_name = "FILE|DIR")]
     out: Option<PathBuf>,
 

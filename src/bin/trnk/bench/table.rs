@@ -37,7 +37,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// What stands above the columns of [`line`].
+/// What stands above the columns of [`line()`].
 pub(crate) fn header(peers: bool) -> String {
     let mut text = if peers { format!("{:<29}", "who") } else { String::new() };
     text += &format!(
