@@ -23,6 +23,7 @@ const TINY: Blocking = Blocking {
     tile_steps: 1,
     rows: 9,
     sums: 16 * 16 * 4,
+    tile_sums: 16 * 16 * 4,
     scratch: 1,
     tasks: 3,
     store: 64,
@@ -30,7 +31,10 @@ const TINY: Blocking = Blocking {
 };
 
 /// The same with blocks of rows that AMX's two rows of tiles do not divide.
-const ROWS: Blocking = Blocking { tile_steps: 8, rows: 43, sums: 5 * 43 * 64, ..TINY };
+const ROWS: Blocking = Blocking { tile_steps: 8, rows: 43, sums: 5 * 43 * 64, tile_sums: 5 * 43 * 64, ..TINY };
+
+/// Whole and cut blocks of 32 rows one after the other.
+const BLOCKS: Blocking = Blocking { tile_steps: 64, rows: 110, ..ROWS };
 
 fn run(cpu: Cpu<'_>, x: Activations<'_>, w: &PackedMatrix) -> Vec<u32> {
     let (m, n) = (x.m(), w.n());
@@ -113,7 +117,12 @@ fn check(x: Activations<'_>, exact: &[f32], w: &QuantizedMatrix<'_>, what: &str)
     let want = expected(exact, of_x, x.m(), w);
     for (name, cpu) in tiers::all_builds() {
         let packed = cpu.pack(w).unwrap();
-        for (cut, cpu) in [("default", cpu), ("tiny", cpu.with_blocking(TINY)), ("row", cpu.with_blocking(ROWS))] {
+        for (cut, cpu) in [
+            ("default", cpu),
+            ("tiny", cpu.with_blocking(TINY)),
+            ("row", cpu.with_blocking(ROWS)),
+            ("block", cpu.with_blocking(BLOCKS)),
+        ] {
             let got = run(cpu, x, &packed);
             if let Some(at) = got.iter().zip(&want).position(|(a, b)| a != b) {
                 let (got, want) = (f32::from_bits(got[at]), f32::from_bits(want[at]));
@@ -168,6 +177,25 @@ fn every_scheme_activation_and_edge() {
             let w = RandomMatrix::new(&mut rng, scheme, n, k, 1 + (s + i) % 4);
             let f = rng.wide(m * k, -3..=3);
             every_activation(&mut rng, &f, m, &w.view(), &format!("{scheme:?} {m}x{n}x{k}"));
+        }
+    }
+}
+
+/// Several whole blocks of 32 rows and what is left of one, several chunks of k, and one, two and more runs between f32 scales.
+#[test]
+fn many_blocks_of_rows() {
+    let mut rng = Rng(7);
+    let fp8 = |k| Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 48, k };
+    for scheme in [Scheme::Mxfp4, Scheme::Bf16, fp8(128), fp8(256)] {
+        for (m, n, k) in [(64, 33, 128), (96, 16, 640), (135, 97, 384), (65, 50, 1152)] {
+            let w = RandomMatrix::new(&mut rng, scheme, n, k, 2);
+            let b: Vec<bf16> = rng.wide(m * k, -3..=3).iter().map(|v| bf16::from_f32(*v)).collect();
+            let exact: Vec<f32> = b.iter().map(|v| v.to_f32()).collect();
+            check(MatRef::new(&b, m, k).unwrap().into(), &exact, &w.view(), &format!("bf16 x {scheme:?} {m}x{n}x{k}"));
+            // Scales of rows and of panels.
+            let q = RandomMatrix::new(&mut rng, Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 1, k: 128 }, m, k, 2);
+            let q = q.view();
+            check((&q).into(), &unscaled(&q), &w.view(), &format!("{:?} x {scheme:?} {m}x{n}x{k}", q.scheme()));
         }
     }
 }

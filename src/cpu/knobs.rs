@@ -30,12 +30,16 @@ pub struct Blocking {
     /// k that the prefill kernel takes through all panels of a task before it goes on. Default: so many that a block of rows of
     /// x, in f32, fills half of L2, at least one chunk. A scale tile is never cut.
     pub k_block: usize,
-    /// Steps that the AMX kernel decodes at a time, rounded up to groups of 4. Default 16: two panels are then 32 KiB of tiles, two
-    /// thirds of the first-level cache of every CPU with AMX.
+    /// Steps that the AMX kernel decodes at a time, rounded up to groups of 4; twice as many for up to 128 rows. Default 8: two panels
+    /// are then 16 KiB of tiles. They must stay in the first-level cache (48 KiB on every CPU with AMX) while 32 rows of x after the other,
+    /// as many bytes, and 4 KiB of their sums pass through it; with 12 they do not (docs/performance.md, section 6).
     pub tile_steps: usize,
     /// Bytes of sums that a task takes through all of k, and stores, before it goes on with other columns. Default: a quarter of L2,
     /// so that sums are stored from there; x of a block of k fills as much.
     pub sums: usize,
+    /// The same where AMX multiplies many rows. Default: half of L2: x is read again from beyond L2 for each such set of columns, and 512
+    /// columns of 512 rows need 5 GB/s of it a core, of the 12 that the third level gives.
+    pub tile_sums: usize,
     /// Most rows of x at a time. Default 512: a decoded weight is used 512 times, so decoding costs below 1 %, and sums and rows
     /// of x still fit L2 in blocks.
     pub rows: usize,
@@ -61,8 +65,9 @@ impl Blocking {
             prefetch: 2048,
             chunk_steps,
             k_block: (caches.l2 / 2 / (rows * size_of::<f32>())).max(chunk_steps * 32),
-            tile_steps: 16,
+            tile_steps: 8,
             sums: caches.l2 / 4,
+            tile_sums: caches.l2 / 2,
             rows,
             scratch: 1 << 22,
             tasks: 4,
@@ -86,6 +91,7 @@ impl Blocking {
             k_block: self.k_block.max(1),
             tile_steps: self.tile_steps.clamp(1, MAX_CHUNK_STEPS),
             sums: self.sums.max(1),
+            tile_sums: self.tile_sums.max(1),
             rows: self.rows.max(1),
             scratch: self.scratch.max(1),
             tasks: self.tasks.max(1),

@@ -7,7 +7,7 @@ use super::operand::Activations;
 use super::packed::Facts;
 use super::tiles::{AddScaled, Tiles};
 use crate::cpu::amx::{Coded, Decoded, FewRows, ManyRows, PANELS, Scaled, Steps, TILE, TileCode};
-use crate::cpu::{AmxToken, Blocking, Kernel, LANES, Range, STEP, Simd, Tier, flush, flush_free};
+use crate::cpu::{AmxToken, Blocking, Kernel, LANES, LINE, Range, STEP, Simd, Tier, flush, flush_free};
 use crate::quant::Scheme;
 use bytemuck::{cast_slice, cast_slice_mut};
 
@@ -19,8 +19,13 @@ pub(super) const BLOCK_ROWS: usize = 2 * TILE_ROWS;
 pub(super) const BLOCK_PANELS: usize = 2;
 /// Panels walked in step by few rows.
 pub(super) const FEW_PANELS: usize = PANELS;
-/// Runs between f32 scales of one call for few rows: their sums then stay in the first-level cache.
+/// Runs between f32 scales of one call for a whole tile of rows, more for less: their sums then stay in the first-level cache.
 const RUNS: usize = 8;
+/// Blocks of rows up to which twice the steps are decoded at a time: decoded weights are used so seldom that to begin costs more
+/// than to read them from L2.
+const FEW_BLOCKS: usize = 4;
+/// Lines of a tile of x that one pair of panels asks for are this far apart: so many pairs ask for all.
+const LINES_APART: usize = TILE_ROWS / 2;
 /// f32 in a tile.
 const TILE_FLOATS: usize = TILE / size_of::<f32>();
 
@@ -147,11 +152,19 @@ pub(super) struct Amx<'a> {
     pub(super) scratch: &'a mut [f32],
 }
 
-/// Groups decoded at a time: whole runs between f32 scales.
-fn chunk(blocking: &Blocking, tile: Option<usize>, steps: usize) -> usize {
+/// Groups decoded at a time for so many rows: whole runs between f32 scales.
+fn chunk(blocking: &Blocking, tile: Option<usize>, steps: usize, rows: usize) -> usize {
     let groups = steps.div_ceil(GROUP).max(1);
     let run = if tile.is_some() { run(tile, groups) } else { 1 };
-    blocking.tile_steps.div_ceil(GROUP).next_multiple_of(run).min(groups)
+    let together = if rows <= FEW_BLOCKS * BLOCK_ROWS { 2 * blocking.tile_steps } else { blocking.tile_steps };
+    together.div_ceil(GROUP).next_multiple_of(run).min(groups)
+}
+
+/// The line of a tile of x, and the one [`LINES_APART`] further, that the `i`-th of `pairs` of panels asks for on behalf of all:
+/// spread over them, so that memory is used evenly.
+fn line_ahead(i: usize, pairs: usize) -> Option<usize> {
+    let share = |i: usize| i * LINES_APART / pairs.max(LINES_APART);
+    (i == 0 || share(i) != share(i - 1)).then(|| share(i))
 }
 
 /// Groups between f32 scales, all if there are none.
@@ -166,7 +179,7 @@ pub(super) fn scratch(blocking: &Blocking, tile: Option<usize>, layout: &PackedL
     if rows <= TILE_ROWS {
         return few;
     }
-    let groups = chunk(blocking, tile, layout.steps());
+    let groups = chunk(blocking, tile, layout.steps(), rows);
     let scales = if tile.is_some() { groups * (rows + BLOCK_PANELS * LANES) } else { 0 };
     few.max(groups * GROUP * BLOCK_PANELS * TILE_FLOATS + scales).next_multiple_of(LANES)
 }
@@ -200,9 +213,10 @@ impl Amx<'_> {
         let sums = &mut self.sums[panel * rows..(panel + panels) * rows];
         let part = part.as_chunks_mut().0;
         let run = run(self.tiles.map(|t| t.k), groups);
+        let runs = RUNS * TILE_ROWS / rows;
         let mut first = 0;
         while first < groups {
-            let count = if self.tiles.is_some() { run * RUNS } else { groups }.min(groups - first);
+            let count = if self.tiles.is_some() { run * runs } else { groups }.min(groups - first);
             let (steps, offset) = (steps(layout, first, count), first * layout.group_bytes());
             let few = FewRows {
                 coded,
@@ -234,7 +248,7 @@ impl Amx<'_> {
     fn many(mut self, coded: &Coded) {
         let (panels, groups) = (self.sums.len() / self.rows, self.layout.steps().div_ceil(GROUP));
         let tile = self.tiles.map(|t| t.k);
-        let chunk = chunk(&self.blocking, tile, self.layout.steps());
+        let chunk = chunk(&self.blocking, tile, self.layout.steps(), self.rows);
         for first in (0..groups).step_by(chunk) {
             self.many_chunk(coded, panels, first, chunk.min(groups - first));
         }
@@ -257,6 +271,9 @@ impl Amx<'_> {
             }
         }
         let of_panels = of_panels.as_chunks_mut().0.as_chunks_mut().0;
+        // After these steps come the next, or, with other panels, the first.
+        let next_steps = if first + count < layout.steps().div_ceil(GROUP) { first + count } else { 0 };
+        let to_next = (next_steps * GROUP * TILE).wrapping_sub(first * GROUP * TILE);
         for panel in (0..panels).step_by(BLOCK_PANELS) {
             let together = BLOCK_PANELS.min(panels - panel);
             let data = &self.data[panel * panel_bytes + offset..];
@@ -283,6 +300,8 @@ impl Amx<'_> {
                 _ => offset + count * layout.group_bytes(),
             };
             let next = self.data.get(next..).unwrap_or_default();
+            let line = line_ahead(panel / BLOCK_PANELS, panels.div_ceil(BLOCK_PANELS));
+            let x_ahead = line.map_or(0, |line| to_next.wrapping_add(line * LINE));
             // Whole runs, and what k leaves of the last one.
             let whole = steps.count / run_steps * run_steps;
             for (from, many) in [(0, whole), (whole, steps.count - whole)] {
@@ -307,6 +326,7 @@ impl Amx<'_> {
                     next,
                     next_panel: panel_bytes,
                     next_bytes: count * layout.group_bytes(),
+                    x_ahead,
                     sums: &mut self.sums[panel * rows..(panel + together) * rows],
                 };
                 many.run(token);

@@ -47,7 +47,10 @@ impl Rows<'_> {
 pub(super) struct Plan {
     /// Rows at a time.
     pub(super) rows: usize,
-    /// Panels and rows in a task, and how many tasks there are along each.
+    /// All panels, and those of them that stay together in a task.
+    panels: usize,
+    unit: usize,
+    /// Most panels and rows in a task, and how many tasks there are along each.
     pub(super) task_panels: usize,
     pub(super) task_rows: usize,
     /// Panels that a task finishes before it goes on.
@@ -116,17 +119,21 @@ impl Plan {
         // A problem among others is cut for fewer threads, but for two: the last tasks of all are then short.
         let threads = threads.div_ceil(together.max(1)).max(threads.min(2));
         let wanted = if threads == 1 { 1 } else { threads.saturating_mul(blocking.tasks) };
-        let walked = panels.div_ceil(wanted).checked_next_multiple_of(unit).unwrap_or(panels);
-        let task_panels = if panels.div_ceil(walked) >= threads { walked } else { panels.div_ceil(threads) };
-        let panel_tasks = panels.div_ceil(task_panels);
+        let (unit, wanted_along_n) = if panels.div_ceil(unit) >= threads { (unit, wanted) } else { (1, threads) };
+        let units = panels.div_ceil(unit);
+        let panel_tasks = units.min(wanted_along_n);
+        let task_panels = units.div_ceil(panel_tasks).saturating_mul(unit);
         // Few panels and many rows: rows are split too.
         let row_tasks = if panel_tasks >= threads { 1 } else { wanted.div_ceil(panel_tasks) };
         let task_rows = rows.div_ceil(row_tasks).next_multiple_of(if row_tasks == 1 { 1 } else { row_unit });
         let row_tasks = rows.div_ceil(task_rows);
-        let set = (blocking.sums / (task_rows * LANES * size_of::<f32>())).max(1);
+        let sums = if amx.is_some() && rows > amx::TILE_ROWS { blocking.tile_sums } else { blocking.sums };
+        let set = (sums / (task_rows * LANES * size_of::<f32>())).max(1);
         let set_panels = set.checked_next_multiple_of(unit).unwrap_or(set).min(task_panels);
         Plan {
             rows,
+            panels,
+            unit,
             task_panels,
             task_rows,
             set_panels,
@@ -142,6 +149,14 @@ impl Plan {
 
     pub(super) fn tasks(&self) -> usize {
         self.panel_tasks * self.row_tasks
+    }
+
+    /// Panels of one of [`Plan::panel_tasks`] tasks: they differ by one unit at most, so that no thread ends early.
+    fn task(&self, task: usize) -> std::ops::Range<usize> {
+        let units = self.panels.div_ceil(self.unit);
+        let (each, more) = (units / self.panel_tasks, units % self.panel_tasks);
+        let start = |task: usize| (task * each + task.min(more)).saturating_mul(self.unit).min(self.panels);
+        start(task)..start(task + 1)
     }
 
     /// f32 of a task's sums, `[panel of a set][row][LANES]`.
@@ -318,18 +333,17 @@ impl<'a> Block<'a> {
         (sums, scratch): (&mut [f32], &mut [f32]),
         finish: impl Fn(std::ops::Range<usize>, usize, &[[f32; LANES]]),
     ) {
-        let Block { problem: Problem { plan, w, .. }, count, .. } = *self;
-        let first_panel = task / plan.row_tasks * plan.task_panels;
+        let Block { problem: Problem { plan, .. }, count, .. } = *self;
+        let panels = plan.task(task / plan.row_tasks);
         let first_row = task % plan.row_tasks * plan.task_rows;
         // The last block of rows may leave tasks without any.
         let rows_here = plan.task_rows.min(count.saturating_sub(first_row));
-        let panels = plan.task_panels.min(w.layout.panels().saturating_sub(first_panel));
-        if rows_here == 0 || panels == 0 {
+        if rows_here == 0 {
             return;
         }
         let positions = self.first + first_row..self.first + first_row + rows_here;
-        for set in (first_panel..first_panel + panels).step_by(plan.set_panels) {
-            let set_panels = plan.set_panels.min(first_panel + panels - set);
+        for set in panels.clone().step_by(plan.set_panels) {
+            let set_panels = plan.set_panels.min(panels.end - set);
             let sums = &mut sums.as_chunks_mut().0[..set_panels * rows_here];
             self.set(set, (first_row, rows_here), sums, scratch);
             finish(positions.clone(), set, sums);

@@ -1,4 +1,4 @@
-//! Many rows of x: two panels are decoded to tiles once, in the first-level cache, and meet all rows, 32 at a time.
+//! Many rows of x: some steps of two panels are decoded to tiles once, in the first-level cache, and meet all rows, 32 at a time.
 
 use super::codes::{Coded, Constants, TileCode, fp8_tile, mxfp4_tile, mxfp8_tile, nvfp4_tile};
 use super::config::TileConfig;
@@ -166,6 +166,9 @@ pub(crate) struct ManyRows<'a> {
     pub(crate) next: &'a [u8],
     pub(crate) next_panel: usize,
     pub(crate) next_bytes: usize,
+    /// Bytes from a step of x to a line of what is multiplied after all panels have met these steps: asked for into L2, and the line
+    /// half a tile further, for each tile of rows. 0 asks for what is there.
+    pub(crate) x_ahead: usize,
     /// `[panel][row]` of 16 sums, `rows` rows each: what is added to.
     pub(crate) sums: &'a mut [[f32; 16]],
 }
@@ -200,12 +203,16 @@ struct Args {
     rows: [usize; 2],
     /// 208: the two addresses of parts, added: what one is taken from to get the other.
     both_parts: usize,
-    /// 216: kept by the loop while registers are few: x, w, scales of panels, whether a run came before.
+    /// 216: kept by the loop while registers are few: x, w, scales of panels, whether sums wait to be scaled.
     kept: [usize; 5],
     /// 256: what to prefetch, how far on for the next time, and bytes to the other panel.
     next: *const u8,
     next_step: usize,
     next_panel: usize,
+    /// 280: bytes from x to what is asked for of it.
+    x_ahead: usize,
+    /// 288: runs of a block whose sums are not added yet.
+    to_add: usize,
 }
 
 const _: () = {
@@ -214,7 +221,7 @@ const _: () = {
     assert!(offset_of!(Args, blocks) == 64 && offset_of!(Args, x) == 88 && offset_of!(Args, x_step) == 104);
     assert!(offset_of!(Args, w) == 128 && offset_of!(Args, sums) == 144 && offset_of!(Args, of_rows) == 160);
     assert!(offset_of!(Args, parts) == 184 && offset_of!(Args, both_parts) == 208 && offset_of!(Args, kept) == 216);
-    assert!(offset_of!(Args, next) == 256 && offset_of!(Args, next_panel) == 272);
+    assert!(offset_of!(Args, next) == 256 && offset_of!(Args, x_ahead) == 280 && offset_of!(Args, to_add) == 288);
 };
 
 /// Sums of two runs of a block.
@@ -237,6 +244,7 @@ impl ManyRows<'_> {
             next,
             next_panel,
             next_bytes,
+            x_ahead,
             sums,
         } = self;
         if steps == 0 || rows == 0 {
@@ -294,6 +302,8 @@ impl ManyRows<'_> {
                 // Beyond a line a time some lines would be left out: few rows have no time for more.
                 next_step: next_bytes.div_ceil(blocks * if scaled.is_some() { runs } else { steps }).min(most),
                 next_panel,
+                x_ahead,
+                to_add: runs,
             };
             let _: AmxToken = token;
             #[cfg(target_arch = "x86_64")]
@@ -403,6 +413,16 @@ macro_rules! multiply {
     };
 }
 
+/// Asks for x of the steps to come; x's pointers are a step on.
+macro_rules! x_ahead {
+    (1) => {
+        "prefetcht1 [rsi + r11 - 1024]\nprefetcht1 [rsi + r11 - 512]\n"
+    };
+    (2) => {
+        concat!(x_ahead!(1), "prefetcht1 [rdi + r11 - 1024]\nprefetcht1 [rdi + r11 - 512]\n")
+    };
+}
+
 /// `$op` of each sum; at r10 is the first panel's, r11 becomes the second's.
 macro_rules! each_sum {
     (load, $rows:tt, $panels:tt) => {
@@ -484,7 +504,14 @@ macro_rules! many_rows {
                     "mov r11, r10",
                     "add r11, [r13 + 152]",
                     each_sum!(load, $rows, $panels),
-                    multiply!($rows, $panels, "prefetcht1 [r12]\nprefetcht1 [r12 + r14]\nadd r12, [r13 + 264]\n"),
+                    "mov r11, [r13 + 280]",
+                    multiply!(
+                        $rows,
+                        $panels,
+                        concat!("prefetcht1 [r12]\nprefetcht1 [r12 + r14]\nadd r12, [r13 + 264]\n", x_ahead!($rows))
+                    ),
+                    "mov r11, r10",
+                    "add r11, [r13 + 152]",
                     each_sum!(store, $rows, $panels),
                     "add r8, [r13 + 120]",
                     "add r10, 2048",
@@ -571,8 +598,30 @@ macro_rules! add_tiles {
     };
 }
 
-/// The same where scales change along k. While the products of one run are under way, the sums of the run before are scaled and
-/// added, from two buffers that take turns.
+/// Asks for x of the steps to come, four steps of each tile of rows; a run's end is in what is kept.
+macro_rules! run_ahead {
+    ($kept:literal) => {
+        concat!(
+            "mov rcx, [r13 + ",
+            $kept,
+            r"]
+            add rcx, [r13 + 280]
+            .irp half, 8, 7, 6, 5, 4, 3, 2, 1
+            prefetcht1 [rcx - 512 * \half]
+            .endr
+            "
+        )
+    };
+    (1,) => {
+        run_ahead!("216")
+    };
+    (2,) => {
+        concat!(run_ahead!("216"), run_ahead!("224"))
+    };
+}
+
+/// The same where scales change along k. While the products of one run are under way, the sums of the run before, be it of the block
+/// before, are scaled and added, from two buffers that take turns.
 macro_rules! scaled_rows {
     ($name:ident, $rows:tt, $panels:tt) => {
         /// # Safety
@@ -589,21 +638,19 @@ macro_rules! scaled_rows {
                     "mov r8, [r13 + 88]",
                     "mov r10, [r13 + 144]",
                     "mov r11, [r13 + 184]",
+                    "mov r14, [r13 + 160]",
+                    "mov rcx, [r13 + 176]",
+                    "mov [r13 + 240], rcx",
+                    "mov edx, 64",
                     // A block of rows.
                     "2:",
                     "mov rsi, r8",
                     "mov rdi, r8",
                     "add rdi, [r13 + 96]",
                     "mov r9, [r13 + 128]",
-                    "mov r14, [r13 + 160]",
-                    "mov rcx, [r13 + 176]",
-                    "mov [r13 + 240], rcx",
                     "mov r12, [r13 + 72]",
-                    "xor ecx, ecx",
                     // A run: products, then the sums of the one before.
                     "4:",
-                    "mov [r13 + 248], rcx",
-                    "mov edx, 64",
                     "mov rcx, [r13 + 80]",
                     each_sum!(zero, $rows, $panels),
                     multiply!($rows, $panels, ""),
@@ -627,8 +674,20 @@ macro_rules! scaled_rows {
                     "prefetcht1 [rdx + 64]",
                     "add rcx, [r13 + 264]",
                     "mov [r13 + 256], rcx",
+                    run_ahead!($rows,),
                     add_tiles!($rows, $panels),
                     "add r14, [r13 + 168]",
+                    "dec qword ptr [r13 + 288]",
+                    "jnz 9f",
+                    // Sums of the next block come next.
+                    "add r10, 2048",
+                    "sub qword ptr [r13 + 160], -128",
+                    "mov r14, [r13 + 160]",
+                    "mov rcx, [r13 + 176]",
+                    "mov [r13 + 240], rcx",
+                    "mov rcx, [r13 + 72]",
+                    "mov [r13 + 288], rcx",
+                    "9:",
                     "test r12, r12",
                     "jz 8f",
                     "5:",
@@ -636,20 +695,18 @@ macro_rules! scaled_rows {
                     "add r11, [r13 + 208]",
                     "mov edx, 64",
                     each_sum!(put, $rows, $panels),
+                    "mov qword ptr [r13 + 248], 1",
                     "mov rsi, [r13 + 216]",
                     "mov rdi, [r13 + 224]",
                     "mov r9, [r13 + 232]",
-                    "mov ecx, 1",
                     "dec r12",
                     "jnz 4b",
-                    // The last run's.
-                    "jmp 7b",
-                    "8:",
                     "add r8, [r13 + 120]",
-                    "add r10, 2048",
-                    "sub qword ptr [r13 + 160], -128",
                     "dec rax",
                     "jnz 2b",
+                    // The last run's; r12 is zero.
+                    "jmp 7b",
+                    "8:",
                     "tilerelease",
                     in("r13") args,
                     out("rax") _, out("rcx") _, out("rdx") _, out("rsi") _, out("rdi") _, out("r8") _, out("r9") _, out("r10") _,
