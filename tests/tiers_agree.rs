@@ -200,6 +200,35 @@ fn many_blocks_of_rows() {
     }
 }
 
+/// More rows than one block takes, and a last block of few: of so few that AMX decodes more steps at a time, and of one tile.
+#[test]
+fn last_blocks() {
+    let mut rng = Rng(8);
+    for scheme in [Scheme::Mxfp4, Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 48, k: 128 }] {
+        for m in [512 + 5, 512 + 90] {
+            let (n, k) = (36, 544);
+            let w = RandomMatrix::new(&mut rng, scheme, n, k, 2);
+            let b: Vec<bf16> = rng.wide(m * k, -3..=3).iter().map(|v| bf16::from_f32(*v)).collect();
+            let exact: Vec<f32> = b.iter().map(|v| v.to_f32()).collect();
+            check(MatRef::new(&b, m, k).unwrap().into(), &exact, &w.view(), &format!("bf16 x {scheme:?} {m}x{n}x{k}"));
+        }
+    }
+}
+
+/// Scale tiles that hold all of k, though no whole number of groups of four steps.
+#[test]
+fn tiles_longer_than_k() {
+    let mut rng = Rng(9);
+    for (tile, k) in [(200, 200), (160, 150), (416, 300), (96, 96)] {
+        let scheme = Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 1, k: tile };
+        for m in [1, 20] {
+            let w = RandomMatrix::new(&mut rng, scheme, 20, k, 2);
+            let f = rng.wide(m * k, -3..=3);
+            every_activation(&mut rng, &f, m, &w.view(), &format!("tiles of {tile}, {m}x20x{k}"));
+        }
+    }
+}
+
 #[test]
 fn nothing() {
     for scheme in SCHEMES {

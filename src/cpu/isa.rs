@@ -219,7 +219,15 @@ fn ask_for_tiles() -> Result<(), &'static str> {
             options(nostack),
         );
     }
-    if answer == 0 { Ok(()) } else { Err("the kernel refuses this process AMX tiles (arch_prctl)") }
+    // Errors of Linux's x86 uapi: EPERM and ENOSYS come of filters, ENOSPC of a thread whose signal stack would not hold the tiles.
+    match answer {
+        0 => Ok(()),
+        -28 => Err(
+            "the alternate signal stack of a thread of this process is too small for AMX tiles (arch_prctl: ENOSPC)",
+        ),
+        -1 | -38 => Err("a filter of system calls refuses this process AMX tiles (arch_prctl: EPERM or ENOSYS)"),
+        _ => Err("the kernel refuses this process AMX tiles (arch_prctl)"),
+    }
 }
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]

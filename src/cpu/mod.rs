@@ -45,7 +45,11 @@ impl Cpu<'static> {
     /// If the variable names no tier or one that the host lacks it is as if it were not set: results are the same on all. Programs
     /// that want to hear of it call [`Cpu::try_detect`].
     pub fn detect() -> Self {
-        Cpu::of(Tier::of(Isa::best()).unwrap_or(Tier::Baseline)).capped().unwrap_or_else(|cpu| cpu)
+        // The variable first: under a lower cap AMX is not even asked for.
+        match Isa::from_env().map(|isa| isa.map(Cpu::with_isa)) {
+            Ok(Some(Ok(cpu))) => cpu,
+            _ => Cpu::of(Tier::of(Isa::best()).unwrap_or(Tier::Baseline)),
+        }
     }
 
     /// As [`Cpu::detect`], with the refusals of `TRN_KERNELS_ISA`.
@@ -72,15 +76,6 @@ impl Cpu<'static> {
 
     fn of(tier: Tier) -> Self {
         Cpu { tier, parallelism: Parallelism::Serial, blocking: Blocking::default() }
-    }
-
-    /// Under the cap of the environment; unchanged, as an error, if that cannot be had.
-    fn capped(self) -> Result<Self, Self> {
-        match Isa::from_env() {
-            Ok(Some(isa)) => Cpu::with_isa(isa).map_err(|_| self),
-            Ok(None) => Ok(self),
-            Err(_) => Err(self),
-        }
     }
 }
 

@@ -7,9 +7,10 @@ use super::operand::Activations;
 use super::packed::Facts;
 use super::tiles::{AddScaled, Tiles};
 use crate::cpu::amx::{Coded, Decoded, FewRows, ManyRows, PANELS, Scaled, Steps, TILE, TileCode};
-use crate::cpu::{AmxToken, Blocking, Kernel, LANES, LINE, Range, STEP, Simd, Tier, flush, flush_free};
+use crate::cpu::{AmxToken, Blocking, Kernel, LANES, LINE, Range, STEP, Simd, Tier, flush_free};
 use crate::quant::Scheme;
 use bytemuck::{cast_slice, cast_slice_mut};
+use half::bf16;
 
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
@@ -69,7 +70,8 @@ fn steps(layout: &PackedLayout, first: usize, count: usize) -> Steps {
     }
 }
 
-/// Loads up to 16 rows of x to `[step][row][32]` bf16, subnormals as zeros, zeros past k.
+/// Loads up to 16 rows of x to `[step][row][32]` bf16, zeros past k, with room for [`pitch`] steps. Subnormals stay: the product reads
+/// them as zeros.
 pub(super) struct LoadTile<'a> {
     pub(super) x: &'a Activations<'a>,
     pub(super) rows: Rows<'a>,
@@ -89,47 +91,60 @@ impl Kernel for LoadTile<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         let LoadTile { x, rows, first, steps, out, range } = self;
-        let height = out.len() / (steps * STEP).max(1);
-        let (mut smallest, mut largest) = ([u16::MAX; STEP], [0u16; STEP]);
+        let height = out.len() / (pitch(steps) * STEP).max(1);
+        let out = out.as_chunks_mut::<STEP>().0;
+        let mut seen = Magnitudes::NONE;
         for row in 0..height {
             let source = rows.source(first + row);
-            let plain = match x {
-                Activations::Bf16(x) => x.row(source).unwrap_or_default(),
-                _ => &[],
-            };
-            for step in 0..steps {
-                let mut bits = [0u16; STEP];
-                let valid = STEP.min(x.k() - step * STEP);
-                match x {
-                    Activations::Quantized(x) => {
+            let places = out[row..steps * height].iter_mut().step_by(height);
+            match x {
+                Activations::Bf16(x) => {
+                    let (whole, rest) = x.row(source).unwrap_or_default().as_chunks::<STEP>();
+                    let mut last = [bf16::ZERO; STEP];
+                    last[..rest.len()].copy_from_slice(rest);
+                    for (to, x) in places.zip(whole.iter().chain([&last])) {
+                        *to = seen.see(std::array::from_fn(|i| x[i].to_bits()));
+                    }
+                }
+                Activations::Quantized(x) => {
+                    for (step, to) in places.enumerate() {
                         let mut values = [0.0; STEP];
+                        let valid = STEP.min(x.k() - step * STEP);
                         x.decode_from(source, step * STEP, &mut values[..valid]);
-                        for (bits, value) in bits.iter_mut().zip(values) {
-                            *bits = (flush(value).to_bits() >> 16) as u16;
-                        }
-                    }
-                    _ => {
-                        for (bits, x) in bits.iter_mut().zip(&plain[step * STEP..][..valid]) {
-                            let x = x.to_bits();
-                            *bits = if x & 0x7F80 == 0 { x & 0x8000 } else { x };
-                        }
+                        *to = seen.see(values.map(|v| (v.to_bits() >> 16) as u16));
                     }
                 }
-                for i in 0..STEP {
-                    // Magnitudes order as their bits do; less one, zero wraps to the top.
-                    let magnitude = bits[i] & 0x7FFF;
-                    smallest[i] = smallest[i].min(magnitude.wrapping_sub(1));
-                    largest[i] = largest[i].max(magnitude);
-                }
-                if let Some(to) = out[(step * height + row) * STEP..].first_chunk_mut() {
-                    *to = bits;
-                }
+                // Plans for others have no tiles.
+                _ => places.for_each(|to| *to = [0; STEP]),
             }
         }
         let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-        let seen = smallest.map(|s| value(s.wrapping_add(1)));
-        range.see(&seen);
-        range.see(&largest.map(value));
+        range.see(&seen.smallest.map(|s| value(if s < LEAST.wrapping_neg() { s + LEAST } else { 0 })));
+        range.see(&seen.largest.map(|l| value(if l < LEAST { 0 } else { l })));
+    }
+}
+
+/// Bits of the least normal bf16.
+const LEAST: u16 = 0x80;
+
+/// The smallest (less [`LEAST`]) and largest magnitudes of normal bf16 bits, which order as the bits do.
+struct Magnitudes {
+    smallest: [u16; STEP],
+    largest: [u16; STEP],
+}
+
+impl Magnitudes {
+    const NONE: Magnitudes = Magnitudes { smallest: [u16::MAX; STEP], largest: [0; STEP] };
+
+    #[inline(always)]
+    fn see(&mut self, bits: [u16; STEP]) -> [u16; STEP] {
+        for i in 0..STEP {
+            let magnitude = bits[i] & 0x7FFF;
+            // Zeros and subnormals wrap to the top.
+            self.smallest[i] = self.smallest[i].min(magnitude.wrapping_sub(LEAST));
+            self.largest[i] = self.largest[i].max(magnitude);
+        }
+        bits
     }
 }
 
@@ -141,7 +156,7 @@ pub(super) struct Amx<'a> {
     /// Packed bytes from the first panel on, and its index.
     pub(super) data: &'a [u8],
     pub(super) first_panel: usize,
-    /// Tiles of 16 rows, the last one perhaps shorter, as [`LoadTile`] makes them.
+    /// Tiles of 16 rows, [`pitch`] steps apart, the last one perhaps shorter, as [`LoadTile`] makes them.
     pub(super) x: &'a [u16],
     pub(super) rows: usize,
     pub(super) tiles: Option<Tiles<'a>>,
@@ -167,9 +182,16 @@ fn line_ahead(i: usize, pairs: usize) -> Option<usize> {
     (i == 0 || share(i) != share(i - 1)).then(|| share(i))
 }
 
-/// Groups between f32 scales, all if there are none.
+/// Groups between f32 scales, all if there are none: whole ones, but for a tile that holds all of k ([`takes`]).
 fn run(tile: Option<usize>, groups: usize) -> usize {
-    tile.map_or(groups, |tile| (tile / (GROUP * STEP)).max(1)).min(groups)
+    tile.map_or(groups, |tile| tile.div_ceil(GROUP * STEP)).min(groups)
+}
+
+/// Steps from a tile of rows of x to the next. All tiles are walked in step, so they must not fall on the same sets of a cache, as they do
+/// where k is a large power of two: neither in L2 nor, a few steps on, in L1. Those left out are room that rows of x in f32 have.
+pub(super) fn pitch(steps: usize) -> usize {
+    let apart = steps + (26 - steps % 16) % 16;
+    if apart <= 2 * steps { apart } else { steps }
 }
 
 /// f32 of scratch that a task of so many rows needs.
@@ -179,7 +201,8 @@ pub(super) fn scratch(blocking: &Blocking, tile: Option<usize>, layout: &PackedL
     if rows <= TILE_ROWS {
         return few;
     }
-    let groups = chunk(blocking, tile, layout.steps(), rows);
+    // A last block of fewer rows takes more steps at a time.
+    let groups = chunk(blocking, tile, layout.steps(), rows.min(FEW_BLOCKS * BLOCK_ROWS));
     let scales = if tile.is_some() { groups * (rows + BLOCK_PANELS * LANES) } else { 0 };
     few.max(groups * GROUP * BLOCK_PANELS * TILE_FLOATS + scales).next_multiple_of(LANES)
 }
@@ -199,7 +222,7 @@ impl Amx<'_> {
         let panels = self.sums.len() / self.rows;
         let mut panel = 0;
         while panel < panels {
-            let together = if panels - panel >= PANELS { PANELS } else { 1 };
+            let together = PANELS.min(panels - panel);
             self.few_panels(coded, panel, together);
             panel += together;
         }
@@ -256,7 +279,6 @@ impl Amx<'_> {
 
     fn many_chunk(&mut self, coded: &Coded, panels: usize, first: usize, count: usize) {
         let Amx { token, layout, rows, tiles, .. } = *self;
-        let all_steps = layout.steps();
         let (steps, offset, panel_bytes) =
             (steps(&layout, first, count), first * layout.group_bytes(), layout.panel_bytes());
         let run_steps = tiles.map_or(steps.count, |t| run(Some(t.k), count) * GROUP);
@@ -319,7 +341,7 @@ impl Amx<'_> {
                     panel_stride,
                     panels: together,
                     x: self.x,
-                    all_steps,
+                    pitch: pitch(layout.steps()),
                     first_step: first * GROUP + from,
                     rows,
                     scaled,
@@ -331,6 +353,67 @@ impl Amx<'_> {
                 };
                 many.run(token);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::{Cpu, Smallest};
+    use crate::view::MatRef;
+
+    /// Tiles of these rows, and what was seen of them.
+    fn load(x: &[f32], m: usize) -> (Vec<u16>, Range) {
+        let (k, x): (_, Vec<bf16>) = (x.len() / m, x.iter().map(|v| bf16::from_f32(*v)).collect());
+        let steps = k.div_ceil(STEP);
+        let (mut out, mut range) = (vec![u16::MAX; m * steps * STEP], Range::new(Smallest::BF16));
+        let x = &Activations::Bf16(MatRef::new(&x, m, k).unwrap());
+        LoadTile { x, rows: Rows::Each, first: 0, steps, out: &mut out, range: &mut range }.run(Cpu::detect().tier());
+        (out, range)
+    }
+
+    #[test]
+    fn rows_become_tiles() {
+        for (m, k) in [(1, 32), (3, 70), (16, 33), (5, 1), (2, 64)] {
+            let x: Vec<f32> = (0..m * k).map(|i| (i % 200) as f32 - 20.0).collect();
+            let tiles = load(&x, m).0;
+            for (i, got) in tiles.iter().enumerate() {
+                let (step, row, at) = (i / STEP / m, i / STEP % m, i % STEP);
+                let want = if step * STEP + at < k { x[row * k + step * STEP + at] } else { 0.0 };
+                assert_eq!(bf16::from_bits(*got).to_f32(), want, "{m} x {k}: {i}");
+            }
+        }
+    }
+
+    /// Zeros and subnormals, which the product reads as zeros, count as neither small nor large.
+    #[test]
+    fn magnitudes_are_seen() {
+        let mut seen = Range::new(Smallest::BF16);
+        let magnitudes = [f32::MIN_POSITIVE, -3.0, 0.25];
+        for (small, others) in [(0.0, 0.0), (1e-39, -1e-39), (-0.0, 1e-40)] {
+            let mut x = vec![small; 3 * 40];
+            assert_eq!(load(&x, 3).1.smallest, Smallest::BF16, "{small}");
+            for (i, magnitude) in magnitudes.iter().enumerate() {
+                x[37 * (i + 1)] = *magnitude;
+                x[i] = others;
+            }
+            seen = load(&x, 3).1;
+            let mut want = Range::new(Smallest::BF16);
+            want.see(&magnitudes);
+            assert_eq!(seen, want, "{small}");
+        }
+        assert_eq!(seen.top(), 2);
+        assert!(load(&[1.0, f32::INFINITY], 1).1.top() > 128 && load(&[f32::NAN; 40], 2).1.top() > 128);
+        assert_eq!(load(&[f32::MIN_POSITIVE], 1).1.smallest.grid(), Some(-126 - 7));
+    }
+
+    /// However many pairs of panels there are, each line is asked for once if they are enough, and by pairs evenly apart.
+    #[test]
+    fn lines_are_shared_out() {
+        for pairs in 1..100 {
+            let lines: Vec<usize> = (0..pairs).filter_map(|i| line_ahead(i, pairs)).collect();
+            assert_eq!(lines, (0..LINES_APART.min(pairs)).collect::<Vec<_>>(), "{pairs} pairs");
         }
     }
 }

@@ -240,8 +240,9 @@ impl Problem<'_> {
             return false;
         }
         let steps = w.layout.steps();
-        let tile = amx::TILE_ROWS * steps * STEP;
-        let out = &mut cast_slice_mut::<f32, u16>(a)[..count * steps * STEP];
+        let row = amx::pitch(steps) * STEP;
+        let tile = amx::TILE_ROWS * row;
+        let out = &mut cast_slice_mut::<f32, u16>(a)[..count * row];
         let (tier, seen) = (cpu.tier(), Mutex::new(Range::new(Smallest::BF16)));
         let part = (2 * plan.blocking.store / tile.max(1)).max(1);
         for_each(cpu.parallelism(), (out, part * tile), |p, out| {
@@ -365,7 +366,7 @@ impl<'a> Block<'a> {
         let blocking = plan.blocking;
         if let Some(token) = amx {
             let (tier, layout, rows) = (cpu.tier(), w.layout, rows_here);
-            let x = &cast_slice::<f32, u16>(self.a)[first_row * layout.steps() * STEP..];
+            let x = &cast_slice::<f32, u16>(self.a)[first_row * amx::pitch(layout.steps()) * STEP..];
             return amx::Amx { token, tier, layout, data, first_panel, x, rows, tiles, blocking, sums, scratch }.run();
         }
         let a = &self.a[first_row * stride..];

@@ -110,6 +110,9 @@ impl Cpu<'_> {
 
 /// Why this tier and no better one.
 fn why(isa: Isa) -> String {
+    if Isa::from_env() == Ok(Some(isa)) {
+        return "TRN_KERNELS_ISA asks for it".into();
+    }
     let better: Vec<String> = Isa::ALL
         .into_iter()
         .filter(|other| *other > isa)

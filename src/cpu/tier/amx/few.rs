@@ -10,7 +10,7 @@ use crate::cpu::isa::AmxToken;
 #[cfg(target_arch = "x86_64")]
 use std::arch::asm;
 
-/// Most panels in step: an accumulator each, which leaves two tiles for x and two for w.
+/// Most panels in step: an accumulator each, which leaves a tile for x and two for w.
 pub(crate) const PANELS: usize = 4;
 
 /// Operands of [`FewRows::run`].
@@ -20,7 +20,7 @@ pub(crate) struct FewRows<'a> {
     /// Packed bytes from the first group of the first panel on, and bytes from a panel to the next.
     pub(crate) data: &'a [u8],
     pub(crate) panel_bytes: usize,
-    /// 1 or [`PANELS`].
+    /// 1 to [`PANELS`].
     pub(crate) panels: usize,
     /// `[step][row][32]` bf16: as many steps as `steps` counts, `rows` rows, 1 to 16.
     pub(crate) x: &'a [u16],
@@ -99,7 +99,7 @@ impl FewRows<'_> {
             return;
         }
         // What the loop reads and writes, as slices: these stop the call if a caller counted wrong.
-        assert!((1..=16).contains(&rows) && (panels == 1 || panels == PANELS) && run >= 1 && steps.fit(*code));
+        assert!((1..=16).contains(&rows) && (1..=PANELS).contains(&panels) && run >= 1 && steps.fit(*code));
         let data = &data[..(panels - 1) * panel_bytes + steps.bytes()];
         let x = &x[..steps.count * rows * 32];
         let sums = &mut sums[..groups.div_ceil(run) * panels * rows];
@@ -130,18 +130,14 @@ impl FewRows<'_> {
         let _: AmxToken = token;
         #[cfg(target_arch = "x86_64")]
         {
-            let run: unsafe fn(&mut Args) = match (code, panels) {
-                (TileCode::Mxfp4, 1) => mxfp4_1,
-                (TileCode::Mxfp4, _) => mxfp4_4,
-                (TileCode::Nvfp4, 1) => nvfp4_1,
-                (TileCode::Nvfp4, _) => nvfp4_4,
-                (TileCode::Fp8(_), 1) => fp8_1,
-                (TileCode::Fp8(_), _) => fp8_4,
-                (TileCode::Mxfp8(_), 1) => mxfp8_1,
-                (TileCode::Mxfp8(_), _) => mxfp8_4,
-                (TileCode::Bf16, 1) => bf16_1,
-                (TileCode::Bf16, _) => bf16_4,
+            let run: [unsafe fn(&mut Args); PANELS] = match code {
+                TileCode::Mxfp4 => [mxfp4_1, mxfp4_2, mxfp4_3, mxfp4_4],
+                TileCode::Nvfp4 => [nvfp4_1, nvfp4_2, nvfp4_3, nvfp4_4],
+                TileCode::Fp8(_) => [fp8_1, fp8_2, fp8_3, fp8_4],
+                TileCode::Mxfp8(_) => [mxfp8_1, mxfp8_2, mxfp8_3, mxfp8_4],
+                TileCode::Bf16 => [bf16_1, bf16_2, bf16_3, bf16_4],
             };
+            let run = run[panels - 1];
             // SAFETY: the token proves the features. `args` describes the slices above, which live until the call
             // has returned: the loop takes `groups` groups of 4 steps (the last one `last_steps`), reads of each panel and group the
             // scales at its start and the codes `area` bytes on, up to `steps.bytes()` bytes from the panel's start by the definition of
@@ -231,7 +227,8 @@ macro_rules! few_rows {
                     out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _, out("zmm20") _, out("zmm21") _,
                     out("zmm22") _, out("zmm23") _, out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _,
                     out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
+                    out("tmm7") _,
                     options(nostack),
                 );
             }
@@ -263,16 +260,23 @@ macro_rules! on {
     };
 }
 
-/// Decodes the step of one panel, or of four.
+/// Decodes the step of so many panels.
 macro_rules! decoded {
     (1, $tile:ident, $lines:tt) => {
         concat!($tile!(0), on!($lines))
     };
+    (2, $tile:ident, $lines:tt) => {
+        concat!(decoded!(1, $tile, $lines), $tile!(1024), on!($lines))
+    };
+    (3, $tile:ident, $lines:tt) => {
+        concat!(decoded!(2, $tile, $lines), $tile!(2048), on!($lines))
+    };
     (4, $tile:ident, $lines:tt) => {
-        concat!($tile!(0), on!($lines), $tile!(1024), on!($lines), $tile!(2048), on!($lines), $tile!(3072), on!($lines))
+        concat!(decoded!(3, $tile, $lines), $tile!(3072), on!($lines))
     };
 }
 
+/// Their tiles, in turn in tmm6 and tmm7, times x.
 macro_rules! products {
     (1) => {
         r"
@@ -280,58 +284,69 @@ macro_rules! products {
         tdpbf16ps tmm0, tmm4, tmm6
         "
     };
+    (2) => {
+        concat!(products!(1), "tileloadd tmm7, [r11 + rdx * 1 + 1024]\ntdpbf16ps tmm1, tmm4, tmm7\n")
+    };
+    (3) => {
+        concat!(products!(2), "tileloadd tmm6, [r11 + rdx * 1 + 2048]\ntdpbf16ps tmm2, tmm4, tmm6\n")
+    };
     (4) => {
-        r"
-        tileloadd tmm6, [r11 + rdx * 1]
-        tdpbf16ps tmm0, tmm4, tmm6
-        tileloadd tmm7, [r11 + rdx * 1 + 1024]
-        tdpbf16ps tmm1, tmm4, tmm7
-        tileloadd tmm6, [r11 + rdx * 1 + 2048]
-        tdpbf16ps tmm2, tmm4, tmm6
-        tileloadd tmm7, [r11 + rdx * 1 + 3072]
-        tdpbf16ps tmm3, tmm4, tmm7
-        "
+        concat!(products!(3), "tileloadd tmm7, [r11 + rdx * 1 + 3072]\ntdpbf16ps tmm3, tmm4, tmm7\n")
     };
 }
 
+/// Their accumulators, which `$panels` lists, stored.
 macro_rules! stores {
-    (1) => {
-        r"
-        tilestored [rsi + rdx * 1], tmm0
-        add rsi, [r13 + 184]
-        "
-    };
-    (4) => {
-        r"
-        .irp panel, 0, 1, 2, 3
-        tilestored [rsi + rdx * 1], tmm\panel
-        add rsi, [r13 + 184]
-        .endr
-        "
+    ($panels:literal) => {
+        concat!(
+            ".irp panel, ",
+            $panels,
+            r"
+            tilestored [rsi + rdx * 1], tmm\panel
+            add rsi, [r13 + 184]
+            .endr
+            "
+        )
     };
 }
 
+/// The same, zeroed.
 macro_rules! zeros {
-    (1) => {
-        "tilezero tmm0"
-    };
-    (4) => {
-        r"
-        .irp panel, 0, 1, 2, 3
-        tilezero tmm\panel
-        .endr
-        "
+    ($panels:literal) => {
+        concat!(".irp panel, ", $panels, "\ntilezero tmm\\panel\n.endr\n")
     };
 }
 
-few_rows!(mxfp4_1, "256", "16", decoded!(1, mxfp4_tile, 4), products!(1), stores!(1), zeros!(1));
-few_rows!(mxfp4_4, "256", "16", decoded!(4, mxfp4_tile, 4), products!(4), stores!(4), zeros!(4));
-few_rows!(nvfp4_1, "256", "32", decoded!(1, nvfp4_tile, 4), products!(1), stores!(1), zeros!(1));
-few_rows!(nvfp4_4, "256", "32", decoded!(4, nvfp4_tile, 4), products!(4), stores!(4), zeros!(4));
-few_rows!(fp8_1, "512", "0", decoded!(1, fp8_tile, 8), products!(1), stores!(1), zeros!(1));
-few_rows!(fp8_4, "512", "0", decoded!(4, fp8_tile, 8), products!(4), stores!(4), zeros!(4));
-few_rows!(mxfp8_1, "512", "16", decoded!(1, mxfp8_tile, 8), products!(1), stores!(1), zeros!(1));
-few_rows!(mxfp8_4, "512", "16", decoded!(4, mxfp8_tile, 8), products!(4), stores!(4), zeros!(4));
+/// A loop for each number of panels.
+macro_rules! decoding_rows {
+    ($tile:ident, $lines:tt, $step:literal, $scales:literal, $one:ident, $two:ident, $three:ident, $four:ident) => {
+        few_rows!($one, $step, $scales, decoded!(1, $tile, $lines), products!(1), stores!("0"), zeros!("0"));
+        few_rows!($two, $step, $scales, decoded!(2, $tile, $lines), products!(2), stores!("0, 1"), zeros!("0, 1"));
+        few_rows!(
+            $three,
+            $step,
+            $scales,
+            decoded!(3, $tile, $lines),
+            products!(3),
+            stores!("0, 1, 2"),
+            zeros!("0, 1, 2")
+        );
+        few_rows!(
+            $four,
+            $step,
+            $scales,
+            decoded!(4, $tile, $lines),
+            products!(4),
+            stores!("0, 1, 2, 3"),
+            zeros!("0, 1, 2, 3")
+        );
+    };
+}
+
+decoding_rows!(mxfp4_tile, 4, "256", "16", mxfp4_1, mxfp4_2, mxfp4_3, mxfp4_4);
+decoding_rows!(nvfp4_tile, 4, "256", "32", nvfp4_1, nvfp4_2, nvfp4_3, nvfp4_4);
+decoding_rows!(fp8_tile, 8, "512", "0", fp8_1, fp8_2, fp8_3, fp8_4);
+decoding_rows!(mxfp8_tile, 8, "512", "16", mxfp8_1, mxfp8_2, mxfp8_3, mxfp8_4);
 
 /// bf16 needs no decoding: tiles come from the packed lines, in turn into tmm6 and tmm7.
 macro_rules! lines {
@@ -353,13 +368,23 @@ macro_rules! lines {
     };
 }
 
-few_rows!(bf16_1, "1024", "0", lines!("tmm0", "tmm6"), "", stores!(1), zeros!(1));
-few_rows!(
-    bf16_4,
-    "1024",
-    "0",
-    concat!(lines!("tmm0", "tmm6"), lines!("tmm1", "tmm7"), lines!("tmm2", "tmm6"), lines!("tmm3", "tmm7")),
-    "",
-    stores!(4),
-    zeros!(4)
-);
+/// So many panels.
+macro_rules! all_lines {
+    (1) => {
+        lines!("tmm0", "tmm6")
+    };
+    (2) => {
+        concat!(all_lines!(1), lines!("tmm1", "tmm7"))
+    };
+    (3) => {
+        concat!(all_lines!(2), lines!("tmm2", "tmm6"))
+    };
+    (4) => {
+        concat!(all_lines!(3), lines!("tmm3", "tmm7"))
+    };
+}
+
+few_rows!(bf16_1, "1024", "0", all_lines!(1), "", stores!("0"), zeros!("0"));
+few_rows!(bf16_2, "1024", "0", all_lines!(2), "", stores!("0, 1"), zeros!("0, 1"));
+few_rows!(bf16_3, "1024", "0", all_lines!(3), "", stores!("0, 1, 2"), zeros!("0, 1, 2"));
+few_rows!(bf16_4, "1024", "0", all_lines!(4), "", stores!("0, 1, 2, 3"), zeros!("0, 1, 2, 3"));

@@ -6,6 +6,7 @@ use super::{Steps, TILE};
 use crate::cpu::isa::AmxToken;
 #[cfg(target_arch = "x86_64")]
 use std::arch::asm;
+use std::mem::MaybeUninit;
 
 /// Decodes steps of a panel to tiles.
 pub(crate) struct Decoded<'a> {
@@ -156,9 +157,9 @@ pub(crate) struct ManyRows<'a> {
     pub(crate) panel_stride: usize,
     /// 1 or 2.
     pub(crate) panels: usize,
-    /// x in tiles of 16 rows, the last one perhaps shorter: `[tile][all_steps][row][32]` bf16, and the first step.
+    /// x in tiles of 16 rows, the last one perhaps shorter: `[tile][pitch][row][32]` bf16, and the first step.
     pub(crate) x: &'a [u16],
-    pub(crate) all_steps: usize,
+    pub(crate) pitch: usize,
     pub(crate) first_step: usize,
     pub(crate) rows: usize,
     pub(crate) scaled: Option<Scaled<'a>>,
@@ -224,7 +225,7 @@ const _: () = {
     assert!(offset_of!(Args, next) == 256 && offset_of!(Args, x_ahead) == 280 && offset_of!(Args, to_add) == 288);
 };
 
-/// Sums of two runs of a block.
+/// Sums of two runs of a block: written by the loops with scales before they are read.
 #[repr(C, align(64))]
 struct Parts([[u8; TILE]; 8]);
 
@@ -237,7 +238,7 @@ impl ManyRows<'_> {
             panel_stride,
             panels,
             x,
-            all_steps,
+            pitch,
             first_step,
             rows,
             scaled,
@@ -251,9 +252,9 @@ impl ManyRows<'_> {
             return;
         }
         // What the loop reads and writes, as slices: these stop the call if a caller counted wrong.
-        assert!((1..=2).contains(&panels) && first_step + steps <= all_steps);
+        assert!((1..=2).contains(&panels) && first_step + steps <= pitch);
         let w = &w[..(panels - 1) * panel_stride + steps * TILE];
-        let x = &x[..rows * all_steps * 32];
+        let x = &x[..rows * pitch * 32];
         let sums = &mut sums[..panels * rows];
         let run = scaled.map_or(steps, |s| s.run);
         assert!(run >= 1 && steps % run == 0);
@@ -261,9 +262,8 @@ impl ManyRows<'_> {
         if let Some(s) = &scaled {
             assert!(s.of_rows.len() >= runs * rows && s.of_panels.len() >= runs);
         }
-        // The loops without scales have no parts.
-        let mut parts = scaled.map(|_| Parts([[0; TILE]; 8]));
-        let parts = parts.as_mut().map_or(std::ptr::null_mut(), |p| p.0.as_mut_ptr().cast::<u8>());
+        let mut parts = MaybeUninit::<Parts>::uninit();
+        let parts = parts.as_mut_ptr().cast::<u8>();
         let sums = sums.as_mut_ptr();
         let mut first = 0;
         while first < rows {
@@ -272,7 +272,7 @@ impl ManyRows<'_> {
                 left @ 32.. => (left / 32, [16, 16]),
                 left => (1, [left.min(16), left.saturating_sub(16)]),
             };
-            let tile_of_x = |row: usize| x.as_ptr().wrapping_add(row * all_steps * 32);
+            let tile_of_x = |row: usize| x.as_ptr().wrapping_add(row * pitch * 32);
             let step_of_x = |h: usize| first_step * h * 32;
             let x0 = tile_of_x(first).wrapping_add(step_of_x(of[0]));
             let x1 = tile_of_x(first + 16).wrapping_add(step_of_x(of[1]));
@@ -286,7 +286,7 @@ impl ManyRows<'_> {
                 x: x0,
                 x_second: (x1 as usize).wrapping_sub(x0 as usize),
                 x_step: of.map(|h| h * 64),
-                x_block: 32 * all_steps * 64,
+                x_block: 32 * pitch * 64,
                 w: w.as_ptr(),
                 w_panel: panel_stride,
                 sums: sums.wrapping_add(first).cast(),
@@ -320,7 +320,7 @@ impl ManyRows<'_> {
                 };
                 // SAFETY: the token proves the features. `args` describes the slices above, which live until the
                 // call has returned, for rows `first..first + blocks * (of[0] + of[1])`, which `rows` bounds: x's tiles of `of[i]` rows
-                // are followed by each other, every one of `all_steps` steps of `of[i] * 64` bytes, from the tile's `first_step` on; w's
+                // are followed by each other, every one of `pitch` steps of `of[i] * 64` bytes, from the tile's `first_step` on; w's
                 // panels have `runs * run = steps` tiles; sums, parts and scales are as long as was just asked for.
                 unsafe { run(&mut args) }
             }
