@@ -100,8 +100,8 @@ fn flush(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
-/// On a machine with AMX this is what the crate relies on, measured; elsewhere it tests the emulator. Three regimes of exponents, one
-/// where subnormals arise in every product.
+/// On a machine with AMX this is what the crate relies on, measured; elsewhere it tests the emulator. Regimes of exponents: one
+/// where subnormals arise in every product, one where sums overflow and infinities meet.
 #[test]
 fn a_product_is_a_step() {
     if !amx::available() {
@@ -109,7 +109,7 @@ fn a_product_is_a_step() {
     }
     let _alone = ALONE.lock().unwrap();
     let mut rng = Rng(2);
-    for (exponents, rounds) in [(-3..=3, 40), (-63..=-60, 40), (40..=62, 40)] {
+    for (exponents, rounds) in [(-3..=3, 40), (-63..=-60, 40), (40..=62, 40), (60..=90, 40)] {
         for _ in 0..rounds {
             let mut bits = || {
                 let values = rng.wide(512, exponents.clone());
@@ -120,7 +120,7 @@ fn a_product_is_a_step() {
             };
             let (a, b) = (bits(), bits());
             let mut c = [[0f32; 16]; 16];
-            let start = *exponents.start() * 2;
+            let start = (*exponents.start() * 2).min(110);
             c.as_flattened_mut().iter_mut().zip(rng.wide(256, start - 2..=start + 8)).for_each(|(c, v)| *c = v);
             let before = c;
             one_product(&a, &b, &mut c);
@@ -131,7 +131,8 @@ fn a_product_is_a_step() {
                     chains[k % 2] = flush(value(a[i][k]).mul_add(value(b[k / 2][2 * j + k % 2]), chains[k % 2]));
                 }
                 let want = flush(flush(before[i][j]) + flush(chains[0] + chains[1]));
-                assert_eq!(c[i][j].to_bits(), want.to_bits(), "{exponents:?} [{i}][{j}]");
+                let same = c[i][j].to_bits() == want.to_bits() || (c[i][j].is_nan() && want.is_nan());
+                assert!(same, "{exponents:?} [{i}][{j}]: {:e}, needed {want:e}", c[i][j]);
             }
         }
     }
