@@ -138,11 +138,11 @@ impl Magnitudes {
 
     #[inline(always)]
     fn see(&mut self, bits: [u16; STEP]) -> [u16; STEP] {
-        for i in 0..STEP {
-            let magnitude = bits[i] & 0x7FFF;
+        for (bits, (smallest, largest)) in bits.iter().zip(self.smallest.iter_mut().zip(&mut self.largest)) {
+            let magnitude = bits & 0x7FFF;
             // Zeros and subnormals wrap to the top.
-            self.smallest[i] = self.smallest[i].min(magnitude.wrapping_sub(LEAST));
-            self.largest[i] = self.largest[i].max(magnitude);
+            *smallest = (*smallest).min(magnitude.wrapping_sub(LEAST));
+            *largest = (*largest).max(magnitude);
         }
         bits
     }
