@@ -38,6 +38,8 @@ fn cuts() -> Vec<Blocking> {
         Blocking { chunk_steps: huge, k_block: huge, ..usual },
         Blocking { rows: 5, sums: 1, tile_sums: 1, scratch: 1, ..usual },
         Blocking { tasks: 7, store: 1, ..usual },
+        Blocking { tasks: huge, rows: huge, ..usual },
+        Blocking { store: huge, fork: huge, ..usual },
         Blocking { tile_steps: 0, sums: 0, tile_sums: 0, rows: 17, ..usual },
         Blocking { tile_steps: huge, sums: huge, tile_sums: huge, ..usual },
         Blocking {

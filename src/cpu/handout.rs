@@ -40,6 +40,7 @@ impl<'a, T> Handout<'a, T> {
     ) -> Option<Self> {
         let needed = match rows {
             0 => 0,
+            _ if cols == 0 => 0,
             _ => (rows - 1).checked_mul(stride)?.checked_add(cols)?,
         };
         let words = cols.div_ceil(LANES).div_ceil(BITS);
@@ -112,5 +113,6 @@ mod tests {
         assert!(Handout::new(&mut data, (2, 20, 20), &mut claims[..1]).is_none());
         assert!(Handout::new(&mut data, (2, 20, 20), &mut claims).is_some());
         assert!(Handout::new(&mut data[..0], (0, 20, 20), &mut claims).is_some());
+        assert!(Handout::new(&mut data[..0], (5, 0, 100), &mut claims).is_some_and(|h| h.take(0, 0..1).is_none()));
     }
 }

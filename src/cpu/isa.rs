@@ -263,8 +263,10 @@ impl Caches {
 #[allow(unused_unsafe)] // safe in newer toolchains
 fn level(level: u32) -> Option<usize> {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
-    // SAFETY: every x86-64 CPU has CPUID; leaf 0 and leaf 0x80000000 tell which others there are.
-    let (highest, extended) = unsafe { (__cpuid(0).eax, __cpuid(0x8000_0000).eax) };
+    // SAFETY: every x86-64 CPU has CPUID; leaf 0 tells the highest.
+    let highest = unsafe { __cpuid(0) }.eax;
+    // SAFETY: as above; leaf 0x80000000 tells the highest of its kind.
+    let extended = unsafe { __cpuid(0x8000_0000) }.eax;
     [(0x8000_001D, extended), (4, highest)].into_iter().filter(|(leaf, last)| leaf <= last).find_map(|(leaf, _)| {
         (0..8).find_map(|index| {
             // SAFETY: the leaf was just seen to exist; any sub-leaf may be asked for.

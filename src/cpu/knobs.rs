@@ -15,7 +15,7 @@ pub(super) fn env(name: &str) -> Option<String> {
 }
 
 /// How matmul's loops are cut. Results do not depend on it: every field may have any value (tests shrink them to cross every
-/// edge with small matrices), zeros count as 1.
+/// edge with small matrices); zeros count as 1, and what memory is multiplied by has an upper bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Blocking {
     /// Panels of 16 columns walked in step by the decode kernel. Default 8: one sequential stream leaves 30 to 40 % of DRAM
@@ -82,7 +82,7 @@ impl Blocking {
         rows.div_ceil(parts.max(1)).max(1)
     }
 
-    /// Every field at least 1.
+    /// Every field at least 1 and within bounds.
     pub(crate) fn sane(self) -> Blocking {
         Blocking {
             streams: self.streams.clamp(1, MAX_STREAMS),
@@ -92,10 +92,10 @@ impl Blocking {
             tile_steps: self.tile_steps.clamp(1, MAX_CHUNK_STEPS),
             sums: self.sums.max(1),
             tile_sums: self.tile_sums.max(1),
-            rows: self.rows.max(1),
+            rows: self.rows.clamp(1, MAX_ROWS),
             scratch: self.scratch.max(1),
-            tasks: self.tasks.max(1),
-            store: self.store,
+            tasks: self.tasks.clamp(1, MAX_TASKS),
+            store: self.store.min(MAX_STORE),
             fork: self.fork,
         }
     }
@@ -111,3 +111,7 @@ impl Default for Blocking {
 /// Bounds of what scratch memory is multiplied by.
 const MAX_STREAMS: usize = 64;
 const MAX_CHUNK_STEPS: usize = 64;
+const MAX_ROWS: usize = 1 << 16;
+/// Bounds of what counts are multiplied by.
+const MAX_TASKS: usize = 1 << 16;
+const MAX_STORE: usize = 1 << 40;

@@ -12,11 +12,18 @@ use rayon::ThreadPool;
 use std::collections::HashSet;
 use std::fmt;
 use std::hint::black_box;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Instant;
 
-/// Runs `f` on every thread of a pool at once. Seconds from the first start to the last end.
+/// Version of this crate, for records of what was measured.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Runs `f` on every thread of a pool at once, one call of this in a process at a time: two that wait for each other's threads would
+/// wait for ever, and would measure each other. Seconds from the first start to the last end.
 fn at_once(pool: &ThreadPool, f: impl Fn(usize) + Sync) -> f64 {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let (threads, ready) = (pool.current_num_threads(), AtomicUsize::new(0));
     let spans = pool.broadcast(|context| {
         ready.fetch_add(1, SeqCst);
@@ -258,10 +265,13 @@ fn kibibytes(size: &str) -> Option<usize> {
     digits.parse::<usize>().ok()?.checked_mul(1 << shift)
 }
 
-/// The median of what was measured (the upper one of two); 0 of nothing.
+/// The median of what was measured: the middle one, or the mean of the two in the middle; 0 of nothing.
 pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
+    match (values.len().checked_sub(1).map(|last| last / 2), values.len() / 2) {
+        (Some(low), high) => (values[low] + values[high]) / 2.0,
+        (None, _) => 0.0,
+    }
 }
 
 #[cfg(test)]
@@ -310,5 +320,6 @@ mod tests {
         assert_eq!((kibibytes("32768K\n"), kibibytes("8M")), (Some(32 << 20), Some(8 << 20)));
         assert_eq!((kibibytes("8"), kibibytes("K"), kibibytes("99999999999999999999K")), (None, None, None));
         assert_eq!((median(&mut [3.0, 1.0, 2.0]), median(&mut [])), (2.0, 0.0));
+        assert_eq!((median(&mut [5.0]), median(&mut [4.0, 1.0, 2.0, 9.0])), (5.0, 3.0));
     }
 }

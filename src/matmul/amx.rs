@@ -182,6 +182,11 @@ fn line_ahead(i: usize, pairs: usize) -> Option<usize> {
     (i == 0 || share(i) != share(i - 1)).then(|| share(i))
 }
 
+/// Steps decoded at a time for so many rows.
+pub(super) fn steps_together(blocking: &Blocking, tile: Option<usize>, layout: &PackedLayout, rows: usize) -> usize {
+    (chunk(blocking, tile, layout.steps(), rows) * GROUP).min(layout.steps())
+}
+
 /// Groups between f32 scales, all if there are none: whole ones, but for a tile that holds all of k ([`takes`]).
 fn run(tile: Option<usize>, groups: usize) -> usize {
     tile.map_or(groups, |tile| tile.div_ceil(GROUP * STEP)).min(groups)

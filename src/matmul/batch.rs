@@ -8,7 +8,7 @@ use super::layout::PackedLayout;
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
 use crate::cpu::{Blocking, Cpu, Scratch, for_each, for_each_zip};
-use crate::error::Result;
+use crate::error::{Result, length};
 
 /// Most blocks in a batch: they are listed on the stack.
 const BLOCKS: usize = 64;
@@ -77,7 +77,7 @@ impl Size {
 
 impl<'a> Call<'a> {
     /// # Errors
-    /// As [`tile`].
+    /// As [`tile`]; [`Error::Length`](crate::Error::Length) if the owner of lent weights has taken some away.
     pub(super) fn new(
         cpu: &Cpu<'a>,
         x: &'a Activations<'a>,
@@ -86,6 +86,8 @@ impl<'a> Call<'a> {
         options: &'a MatmulOptions<'a>,
     ) -> Result<Call<'a>> {
         let tile = tile(x.scale_tile(), layout.scheme(), layout.k())?;
+        // Lent bytes are whatever their owner says now.
+        w.iter().try_for_each(|w| length("packed weights", w.data.get().len(), layout.bytes()))?;
         let cpu = cpu.for_work(work(ends.last().copied().unwrap_or_default(), layout));
         Ok(Call { cpu, x, w, layout, ends, rows, options, tile })
     }

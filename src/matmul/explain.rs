@@ -6,7 +6,7 @@ use super::coding::with_coding;
 use super::driver::{Plan, tile, work};
 use super::layout::PackedLayout;
 use crate::cpu::{Cpu, Isa};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::quant::Scheme;
 
 /// Extents and scheme of a matmul, as far as its plan depends on them.
@@ -26,9 +26,14 @@ impl Cpu<'_> {
     /// Which kernel, tile sizes and threads [`Cpu::matmul`] takes for plain activations, and why, in words.
     ///
     /// # Errors
-    /// As [`Cpu::pack`](Cpu::pack) for such weights.
+    /// As [`Cpu::pack`](Cpu::pack) for such weights; [`Error::Empty`] for scale tiles without extent.
     pub fn explain(&self, problem: &MatmulProblem) -> Result<String> {
         let MatmulProblem { scheme, m, n, k } = *problem;
+        if let Scheme::Fp8Blockwise { n, k, .. } = scheme
+            && (n == 0 || k == 0)
+        {
+            return Err(Error::Empty { operand: "scale tile".into(), axis: if n == 0 { "n" } else { "k" } });
+        }
         super::pack::check_tiles(scheme, k)?;
         let layout = PackedLayout::new(scheme, n, k)?;
         let cpu = self.for_work(work(m, &layout));
@@ -53,7 +58,7 @@ impl Cpu<'_> {
                 text.push_str(&format!(
                     "bf16 and quantized activations: AMX prefill kernel: {} steps of 32 k of {} panels are decoded to bf16 tiles in L1 \
                      and multiplied by all rows, {} at a time; sums of {} panels stay in L2.\n",
-                    blocking.tile_steps,
+                    amx::steps_together(&blocking, plan.tile, &layout, plan.task_rows),
                     amx::BLOCK_PANELS,
                     amx::BLOCK_ROWS,
                     plan.set_panels,
@@ -63,6 +68,9 @@ impl Cpu<'_> {
                 "f32 and f16 activations, which bf16 does not hold, and numbers for which tiles are not proved exact take what \
                  avx512 takes, with the same bits:\n",
             );
+        }
+        if isa == Isa::Amx && plan.amx.is_none() {
+            text.push_str("Scales that change inside a group of 128 k are not for tiles: what avx512 takes, with the same bits:\n");
         }
         if plan.rows <= plan.decode_rows {
             let power = with_coding!(scheme, |coding| super::coding::Coding::power(coding));
@@ -101,7 +109,7 @@ impl Cpu<'_> {
             "{threads} thread(s): {} task(s) along n of {} panels by {} along m of {} rows.\n",
             plan.panel_tasks, plan.task_panels, plan.row_tasks, plan.task_rows,
         ));
-        if let Some(tile) = plan.tile {
+        if let Some(tile) = plan.tile.filter(|tile| *tile < k) {
             text.push_str(&format!("f32 scales change every {tile} k: the sums between them are apart.\n"));
         }
         Ok(text)

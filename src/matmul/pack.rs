@@ -22,7 +22,7 @@ impl Cpu<'_> {
         // One for each panel that holds anything: without columns there is no memory that would bound n.
         let mut facts = vec![Facts::NONE; if layout.steps() == 0 { 0 } else { layout.panels() }];
         // Runs of panels: a source row's neighbours in memory are then read by the same thread.
-        let run = facts.len().div_ceil(self.parallelism().threads() * self.blocking().tasks).max(1);
+        let run = facts.len().div_ceil(self.parallelism().threads().saturating_mul(self.blocking().tasks)).max(1);
         let tier = self.tier();
         let all = (data.bytes_mut(), layout.panel_bytes().saturating_mul(run));
         for_each_zip(self.parallelism(), all, (&mut facts, run), |r, data, facts| {

@@ -46,7 +46,7 @@ struct Run {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
-    /// Seconds for each case, three calls at least [default: 0.4; with matmul --full 1.5]
+    /// Seconds for each case; three calls at least, fewer if they take four times this [default: 0.4; with matmul --full 1.5]
     #[arg(long, value_name = "S", value_parser = seconds, conflicts_with = "repeat")]
     seconds: Option<Duration>,
 

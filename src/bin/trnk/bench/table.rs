@@ -102,7 +102,7 @@ pub(crate) fn record(row: &Row, origin: &Origin) -> String {
         quoted(&origin.cpu),
         origin.threads.to_string(),
         origin.tier.to_string(),
-        env!("CARGO_PKG_VERSION").into(),
+        trn_kernels::cpu::limits::VERSION.into(),
         quoted(&o.name),
         quoted(&row.scheme),
         row.acts.name().into(),
