@@ -214,7 +214,10 @@ pub(super) fn scratch(blocking: &Blocking, tile: Option<usize>, layout: &PackedL
 
 impl Amx<'_> {
     pub(super) fn run(self) {
-        self.sums.fill([0.0; LANES]);
+        // Without f32 scales sums are stored before they are read.
+        if self.tiles.is_some() || self.layout.steps() == 0 {
+            self.sums.fill([0.0; LANES]);
+        }
         let coded = &Coded::new(code(self.layout.scheme()));
         match self.layout.steps() {
             0 => {}
@@ -354,6 +357,7 @@ impl Amx<'_> {
                     next_panel: panel_bytes,
                     next_bytes: count * layout.group_bytes(),
                     x_ahead,
+                    fresh: first == 0 && tiles.is_none(),
                     sums: &mut self.sums[panel * rows..(panel + together) * rows],
                 };
                 many.run(token);

@@ -170,6 +170,8 @@ pub(crate) struct ManyRows<'a> {
     /// Bytes from a step of x to a line of what is multiplied after all panels have met these steps: asked for into L2, and the line
     /// half a tile further, for each tile of rows. 0 asks for what is there.
     pub(crate) x_ahead: usize,
+    /// Whether sums begin at zero, whatever they hold; not with scales.
+    pub(crate) fresh: bool,
     /// `[panel][row]` of 16 sums, `rows` rows each: what is added to.
     pub(crate) sums: &'a mut [[f32; 16]],
 }
@@ -212,8 +214,9 @@ struct Args {
     next_panel: usize,
     /// 280: bytes from x to what is asked for of it.
     x_ahead: usize,
-    /// 288: runs of a block whose sums are not added yet.
+    /// 288: runs of a block whose sums are not added yet, and whether sums begin at zero.
     to_add: usize,
+    fresh: usize,
 }
 
 const _: () = {
@@ -223,6 +226,7 @@ const _: () = {
     assert!(offset_of!(Args, w) == 128 && offset_of!(Args, sums) == 144 && offset_of!(Args, of_rows) == 160);
     assert!(offset_of!(Args, parts) == 184 && offset_of!(Args, both_parts) == 208 && offset_of!(Args, kept) == 216);
     assert!(offset_of!(Args, next) == 256 && offset_of!(Args, x_ahead) == 280 && offset_of!(Args, to_add) == 288);
+    assert!(offset_of!(Args, fresh) == 296);
 };
 
 /// Sums of two runs of a block: written by the loops with scales before they are read.
@@ -246,13 +250,14 @@ impl ManyRows<'_> {
             next_panel,
             next_bytes,
             x_ahead,
+            fresh,
             sums,
         } = self;
         if steps == 0 || rows == 0 {
             return;
         }
         // What the loop reads and writes, as slices: these stop the call if a caller counted wrong.
-        assert!((1..=2).contains(&panels) && first_step + steps <= pitch);
+        assert!((1..=2).contains(&panels) && !(fresh && scaled.is_some()) && first_step + steps <= pitch);
         let w = &w[..(panels - 1) * panel_stride + steps * TILE];
         let x = &x[..rows * pitch * 32];
         let sums = &mut sums[..panels * rows];
@@ -304,6 +309,7 @@ impl ManyRows<'_> {
                 next_panel,
                 x_ahead,
                 to_add: runs,
+                fresh: usize::from(fresh),
             };
             let _: AmxToken = token;
             #[cfg(target_arch = "x86_64")]
@@ -503,7 +509,13 @@ macro_rules! many_rows {
                     "mov rcx, [r13 + 80]",
                     "mov r11, r10",
                     "add r11, [r13 + 152]",
+                    "cmp qword ptr [r13 + 296], 0",
+                    "jne 4f",
                     each_sum!(load, $rows, $panels),
+                    "jmp 5f",
+                    "4:",
+                    each_sum!(zero, $rows, $panels),
+                    "5:",
                     "mov r11, [r13 + 280]",
                     multiply!(
                         $rows,
