@@ -151,11 +151,12 @@ impl Plan {
         self.panel_tasks * self.row_tasks
     }
 
-    /// Panels of one of [`Plan::panel_tasks`] tasks: they differ by one unit at most, so that no thread ends early.
+    /// Panels of one of [`Plan::panel_tasks`] tasks: any half or quarter of all tasks that a thread gets differs from another by one
+    /// unit at most, so that none ends early.
     fn task(&self, task: usize) -> std::ops::Range<usize> {
         let units = self.panels.div_ceil(self.unit);
         let (each, more) = (units / self.panel_tasks, units % self.panel_tasks);
-        let start = |task: usize| (task * each + task.min(more)).saturating_mul(self.unit).min(self.panels);
+        let start = |task: usize| (task * each + task * more / self.panel_tasks).saturating_mul(self.unit).min(self.panels);
         start(task)..start(task + 1)
     }
 
