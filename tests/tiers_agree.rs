@@ -254,7 +254,8 @@ fn ragged_k() {
     }
 }
 
-/// Exponents around both ends of f32's range: the flush decides, and scaling a step's sum is not scaling its elements.
+/// Exponents around both ends of f32's range: the flush decides, and scaling a step's sum is not scaling its elements. Up to more rows
+/// than a tile has.
 #[test]
 fn the_ends_of_the_range() {
     let mut rng = Rng(4);
@@ -267,13 +268,13 @@ fn the_ends_of_the_range() {
             (60..=110, 140..=200),
             (-4..=4, 0..=254),
             (100..=125, 0..=40),
+            // Subnormals in x, and weights so large that no sum is one.
+            (-133..=-120, 150..=180),
         ] {
-            for m in [1, 4, 10] {
+            for m in [1, 4, 10, 20, 40] {
                 let (n, k) = (35, 192);
                 let mut w = RandomMatrix::new(&mut rng, scheme, n, k, 3);
-                for scale in &mut w.scales {
-                    *scale = scales.start() + rng.below((scales.end() - scales.start() + 1) as usize) as u8;
-                }
+                rescale(&mut rng, &mut w, scales.clone());
                 let f: Vec<f32> = rng.wide(m * k, x_exponents.clone());
                 let b: Vec<bf16> = f.iter().map(|v| bf16::from_f32(*v)).collect();
                 let exact: Vec<f32> = b.iter().map(|v| v.to_f32()).collect();
@@ -284,33 +285,120 @@ fn the_ends_of_the_range() {
     }
 }
 
+fn rescale(rng: &mut Rng, w: &mut RandomMatrix, scales: std::ops::RangeInclusive<u8>) {
+    let count = usize::from(scales.end() - scales.start()) + 1;
+    w.scales.iter_mut().for_each(|scale| *scale = scales.start() + rng.below(count) as u8);
+}
+
+/// The same with quantized x: codes that block scales make subnormal, with bits below what bf16 holds, and infinite.
+#[test]
+fn the_ends_of_the_range_in_codes() {
+    let mut rng = Rng(10);
+    let (e5m2, e4m3) = (Scheme::Mxfp8(Fp8::E5M2), Scheme::Mxfp8(Fp8::E4M3Fn));
+    for (of_x, of_w) in [(Scheme::Mxfp4, Scheme::Mxfp4), (e5m2, Scheme::Mxfp4), (e4m3, e4m3), (e5m2, e5m2)] {
+        for (x_scales, scales) in [
+            // Tiles are taken: what is subnormal in x is zero, and weights are so large that no sum is subnormal.
+            (0..=12, 150..=180),
+            (0..=2, 160..=160),
+            (110..=140, 0..=12),
+            (60..=90, 60..=90),
+            (0..=254, 0..=254),
+            (240..=254, 1..=40),
+            (240..=254, 120..=130),
+        ] {
+            for m in [1, 4, 20, 40] {
+                let (n, k) = (35, 192);
+                let mut w = RandomMatrix::new(&mut rng, of_w, n, k, 3);
+                rescale(&mut rng, &mut w, scales.clone());
+                let mut x = RandomMatrix::new(&mut rng, of_x, m, k, 3);
+                rescale(&mut rng, &mut x, x_scales.clone());
+                let what = format!("{of_x:?} of {x_scales:?} x {of_w:?} of {scales:?}, m {m}");
+                let x = x.view();
+                check((&x).into(), &unscaled(&x), &w.view(), &what);
+            }
+        }
+    }
+    // bf16 as a scheme: subnormals are its own codes.
+    for m in [1, 20, 40] {
+        let (n, k) = (35, 192);
+        let w = RandomMatrix::new(&mut rng, Scheme::Mxfp4, n, k, 3);
+        let mut x = RandomMatrix::new(&mut rng, Scheme::Bf16, m, k, 3);
+        let subnormals = (0..m * k).step_by(3).map(|at| 2 * at);
+        for at in subnormals {
+            let code = (rng.next() as u16) & 0x807F;
+            x.codes[at..at + 2].copy_from_slice(&code.to_le_bytes());
+        }
+        let x = x.view();
+        check((&x).into(), &unscaled(&x), &w.view(), &format!("bf16 codes x MXFP4, m {m}"));
+    }
+}
+
+/// Row 0 holds every code there is, the next ones one infinity or NaN each, one a NaN scale, so that the others tell whether they hear
+/// of it; a block of zeros under the smallest scale.
+fn no_numbers(rng: &mut Rng, scheme: Scheme, n: usize, k: usize) -> RandomMatrix {
+    let mut q = RandomMatrix::new(rng, scheme, n, k, 2);
+    let row_bytes = k * scheme.bits() / 8;
+    if let Some(format) = scheme.fp8() {
+        (0..row_bytes).for_each(|i| q.codes[i] = i as u8);
+        let codes = |is: fn(&f32) -> bool| {
+            let code_if = move |(code, v): (usize, &f32)| is(v).then_some(code as u8);
+            let mut all = format.values().iter().enumerate().filter_map(code_if);
+            (all.next(), all.next_back())
+        };
+        let (infinities, nans) = (codes(|v| v.is_infinite()), codes(|v| v.is_nan()));
+        for (row, code) in (1..n).zip([infinities.0, infinities.1, nans.0, nans.1]) {
+            q.codes[row * row_bytes + rng.below(k)] = code.unwrap_or(0x80);
+        }
+    }
+    if scheme == Scheme::Bf16 {
+        for (row, value) in (0..n).zip([f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, f32::MAX, -0.0]) {
+            let at = row * row_bytes + 2 * rng.below(k);
+            // What rounds to infinity is the largest number here.
+            let value = if value == f32::MAX { bf16::MAX } else { bf16::from_f32(value) };
+            q.codes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    let row_scales = q.scales.len() / n;
+    if n > 5 && row_scales > 0 {
+        q.scales[5 * row_scales + 1] = if scheme == Scheme::Nvfp4 { 0x7F } else { 255 };
+    }
+    if matches!(scheme, Scheme::Mxfp4 | Scheme::Mxfp8(_)) {
+        q.scales[2] = 0;
+        q.codes[2 * 32 * scheme.bits() / 8..3 * 32 * scheme.bits() / 8].fill(0);
+    }
+    q
+}
+
 /// Every code, infinities and NaN among them, NaN scales, blocks of zeros under the smallest scale; x with zeros of both signs,
-/// subnormals, infinities, NaN and the largest numbers.
+/// subnormals, infinities, NaN and the largest numbers. In weights, in x, and in both, so that one cannot hide the other; up to more
+/// rows than a tile has.
 #[test]
 fn every_code_and_what_is_no_number() {
     let mut rng = Rng(5);
     let specials =
         [0.0, -0.0, 1e-40, -1e-40, f32::MIN_POSITIVE, 3e38, -3e38, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
     for scheme in SCHEMES {
-        for m in [1, 3, 8] {
+        for (m, in_w, in_x) in [1, 3, 8, 20, 40]
+            .into_iter()
+            .flat_map(|m| [(true, false), (false, true), (true, true)].map(|(in_w, in_x)| (m, in_w, in_x)))
+        {
             let (n, k) = (21, 256);
-            let mut w = RandomMatrix::new(&mut rng, scheme, n, k, 2);
-            for special in [false, true] {
-                w.codes.iter_mut().for_each(|code| *code = rng.below(256) as u8);
-                if let (Some(scale), true) = (w.scales.get_mut(9), special) {
-                    *scale = if scheme == Scheme::Nvfp4 { 0x7F } else { 255 };
-                }
-                if matches!(scheme, Scheme::Mxfp4 | Scheme::Mxfp8(_)) {
-                    w.scales[2] = 0;
-                    w.codes[2 * 32 * scheme.bits() / 8..3 * 32 * scheme.bits() / 8].fill(0);
-                }
-                let mut f = rng.wide(m * k, -2..=2);
-                if special {
-                    specials.iter().for_each(|v| f[rng.below(m * k)] = *v);
-                }
-                let x = MatRef::new(&f, m, k).unwrap();
-                check(x.into(), &f, &w.view(), &format!("{scheme:?}, m {m}, special {special}"));
+            let mut operand = |rows, special| match special {
+                true => no_numbers(&mut rng, scheme, rows, k),
+                false => RandomMatrix::new(&mut rng, scheme, rows, k, 2),
+            };
+            let (w, x) = (operand(n, in_w), operand(m, in_x));
+            let mut f = rng.wide(m * k, -2..=2);
+            if in_x {
+                specials.iter().for_each(|v| f[rng.below(m * k)] = *v);
             }
+            let what = format!("{scheme:?}, m {m}, no numbers in w {in_w}, in x {in_x}");
+            check(MatRef::new(&f, m, k).unwrap().into(), &f, &w.view(), &format!("f32 x {what}"));
+            let b: Vec<bf16> = f.iter().map(|v| bf16::from_f32(*v)).collect();
+            let exact: Vec<f32> = b.iter().map(|v| v.to_f32()).collect();
+            check(MatRef::new(&b, m, k).unwrap().into(), &exact, &w.view(), &format!("bf16 x {what}"));
+            let x = x.view();
+            check((&x).into(), &unscaled(&x), &w.view(), &format!("codes x {what}"));
         }
     }
 }
@@ -341,6 +429,17 @@ fn explained() {
         assert_eq!(one.contains("Decode kernel"), decodes, "{one}");
         assert!(one.contains(&format!("on {}", cpu.isa())) && one.contains("packed layout v2"), "{one}");
         assert!(text(512).contains("Prefill kernel"));
+        // Rows that fill at most one tile, and more.
+        let amx = cpu.isa() == Isa::Amx;
+        for (m, kernel) in [(1, "AMX decode kernel"), (16, "AMX decode kernel"), (17, "AMX prefill kernel")] {
+            let text = text(m);
+            assert_eq!(text.contains(kernel), amx, "{text}");
+            assert_eq!(text.matches("AMX").count(), usize::from(amx), "{text}");
+        }
+        // Scales that change inside a group of four steps are not for tiles.
+        let short = Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 1, k: 64 };
+        let short = cpu.explain(&MatmulProblem { scheme: short, m: 1, n: 16, k: 256 }).unwrap();
+        assert!(!short.contains("AMX"), "{short}");
         let tile = Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 1, k: 50 };
         assert!(cpu.explain(&MatmulProblem { scheme: tile, m: 1, n: 1, k: 100 }).is_err());
     }
