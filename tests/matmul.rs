@@ -2,6 +2,8 @@
 
 #[path = "support/random.rs"]
 mod random;
+#[path = "support/tiers.rs"]
+mod tiers;
 
 use half::{bf16, f16};
 use random::{RandomMatrix, Rng, SCHEMES};
@@ -201,18 +203,107 @@ fn the_oracle_admits_no_number_for_infinity() {
     assert!([5.0, f64::NEG_INFINITY, f64::NAN].iter().all(|y| !expected.admits(*y)));
 }
 
-/// Cancellation and huge magnitudes: the sum is small, the terms are not.
+/// Data that sums are worst at.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Adversary {
+    None,
+    /// The second half of k is the first with the other sign: the sum is 0, the terms are not.
+    Cancels,
+    /// Signs alternate along k, no weight is negative.
+    Alternates,
+    /// Magnitudes over 2^80 and, where block scales have exponents, 2^40.
+    Spread,
+    /// All x and all w are the same number.
+    Equal,
+    /// One x of each row is 2^40 times the others.
+    Outlier,
+}
+
+impl Adversary {
+    const ALL: [Adversary; 6] = [
+        Adversary::None,
+        Adversary::Cancels,
+        Adversary::Alternates,
+        Adversary::Spread,
+        Adversary::Equal,
+        Adversary::Outlier,
+    ];
+
+    /// w `[n, k]` and x `[m, k]`.
+    fn make(self, rng: &mut Rng, scheme: Scheme, (m, n, k): (usize, usize, usize)) -> (RandomMatrix, Vec<f32>) {
+        let of_exponents = matches!(scheme, Scheme::Mxfp4 | Scheme::Mxfp8(_));
+        let spread = if self == Adversary::Spread && of_exponents { 20 } else { 4 };
+        let mut w = RandomMatrix::new(rng, scheme, n, k, spread);
+        let mut x = rng.wide(m * k, if self == Adversary::Spread { -40..=40 } else { -3..=3 });
+        match self {
+            Adversary::None | Adversary::Spread => {}
+            Adversary::Cancels => {
+                x.chunks_exact_mut(k).for_each(|x| {
+                    let (first, second) = x.split_at_mut(k / 2);
+                    second.iter_mut().zip(first).for_each(|(second, first)| *second = -*first);
+                });
+                fn halves<T: Copy>(of: &mut [T], row: usize) {
+                    of.chunks_exact_mut(row.max(2)).for_each(|row| row.copy_within(..row.len() / 2, row.len() / 2));
+                }
+                halves(&mut w.codes, k * scheme.bits() / 8);
+                let row_scales = w.scales.len() / n;
+                halves(&mut w.scales, row_scales);
+                if let Scheme::Fp8Blockwise { k: tile, .. } = scheme {
+                    halves(&mut w.floats, k / tile);
+                }
+            }
+            Adversary::Alternates => {
+                x.iter_mut().enumerate().for_each(|(i, x)| *x = if i % 2 == 0 { x.abs() } else { -x.abs() });
+                match scheme {
+                    Scheme::Bf16 => w.codes.iter_mut().skip(1).step_by(2).for_each(|high| *high &= 0x7F),
+                    _ if scheme.bits() == 4 => w.codes.iter_mut().for_each(|pair| *pair &= 0x77),
+                    _ => w.codes.iter_mut().for_each(|code| *code &= 0x7F),
+                }
+            }
+            Adversary::Equal => {
+                x.fill(1.1);
+                // 0x33 twice is a number of every format but 0.
+                w.codes.fill(0x33);
+                w.scales.fill(if scheme == Scheme::Nvfp4 { 0x39 } else { 127 });
+                w.floats.fill(0.7);
+            }
+            Adversary::Outlier => x.chunks_exact_mut(k).for_each(|x| x[rng.below(k)] *= 2f32.powi(40)),
+        }
+        (w, x)
+    }
+}
+
+/// Every scheme, activations that take AMX's tiles and those that do not, few rows and many, on every build.
 #[test]
 fn adversarial_data_within_the_bound() {
-    let (n, k) = (18, 512);
     let mut rng = Rng(4);
-    let w = RandomMatrix::new(&mut rng, Scheme::Mxfp4, n, k, 20);
-    let mut x = rng.wide(2 * k, -20..=20);
-    for pair in x.chunks_exact_mut(64) {
-        let (a, b) = pair.split_at_mut(32);
-        b.iter_mut().zip(a).for_each(|(b, a)| *b = -*a);
+    let (n, k) = (18, 256);
+    let builds: Vec<_> = tiers::all_builds().collect();
+    for scheme in SCHEMES {
+        for (adversary, m) in Adversary::ALL.into_iter().flat_map(|a| [1, 4, 20, 40].map(|m| (a, m))) {
+            let (w, f) = adversary.make(&mut rng, scheme, (m, n, k));
+            let w = w.view();
+            let b: Vec<bf16> = f.iter().map(|v| bf16::from_f32(*v)).collect();
+            let of_f: Activations<'_> = MatRef::new(&f, m, k).unwrap().into();
+            let of_b: Activations<'_> = MatRef::new(&b, m, k).unwrap().into();
+            for (name, x) in [("f32", of_f), ("bf16", of_b)] {
+                let options = MatmulOptions::default();
+                let expected = oracle::matmul(x, &w, &options, &[], OutputType::F32).unwrap();
+                // A test of nothing where anything is admitted.
+                assert!(expected.iter().all(|e| e.value.is_finite() && e.bound.is_finite()), "{scheme:?} {adversary:?}");
+                if adversary == Adversary::Cancels {
+                    assert!(expected.iter().all(|e| e.value.abs() <= e.bound), "{scheme:?}");
+                }
+                for (build, cpu) in &builds {
+                    let y = run(*cpu, x, &cpu.pack(&w).unwrap(), &options);
+                    for (at, (y, e)) in y.iter().zip(&expected).enumerate() {
+                        let what = format!("{name} x {scheme:?}, {adversary:?}, m {m} on {build}: output {at}");
+                        assert!(e.admits(f64::from(*y)), "{what} is {y:e}, needed {e:?}");
+                    }
+                }
+            }
+        }
     }
-    check_against_oracle(MatRef::new(&x, 2, k).unwrap().into(), &w.view(), &MatmulOptions::default(), "cancelling");
 }
 
 #[test]
