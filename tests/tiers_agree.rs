@@ -403,6 +403,50 @@ fn every_code_and_what_is_no_number() {
     }
 }
 
+/// A sum that is flushed to -0 keeps its sign through weights of -0 alone: who reads them as +0, as tiles do, must notice that sums may
+/// be flushed.
+#[test]
+fn zeros_of_flushed_sums() {
+    let mut rng = Rng(11);
+    let (n, k) = (20, 96);
+    for scheme in
+        [Scheme::Bf16, Scheme::Mxfp4, Scheme::Mxfp8(Fp8::E4M3Fn), Scheme::Mxfp8(Fp8::E5M2), Scheme::Fp8PerTensor(Fp8::E4M3Fn)]
+    {
+        // The sum of the first step is the least normal number, that of the second makes it a negative subnormal, those of
+        // the third are flushed at once and meet -0 from then on.
+        let weight = |col: usize| match col {
+            0 => 1.0,
+            32 => -1.5,
+            64 | 65 => -0.5,
+            _ => -0.0f32,
+        };
+        let x_row = |col: usize| if [0, 32, 64, 65].contains(&col) { f32::MIN_POSITIVE } else { 1.0 };
+        let mut w = RandomMatrix::new(&mut rng, scheme, n, k, 0);
+        for (at, value) in (0..n * k).map(|at| (at, weight(at % k))) {
+            match scheme.fp8() {
+                Some(format) => {
+                    let code = format.values().iter().position(|v| v.to_bits() == value.to_bits());
+                    w.codes[at] = code.unwrap() as u8;
+                }
+                None if scheme == Scheme::Bf16 => {
+                    w.codes[2 * at..2 * at + 2].copy_from_slice(&bf16::from_f32(value).to_le_bytes());
+                }
+                None => {
+                    let magnitude = (value.abs() * 2.0) as u8;
+                    let (code, shift) = (magnitude | u8::from(value.is_sign_negative()) << 3, at % 2 * 4);
+                    w.codes[at / 2] = w.codes[at / 2] & !(15 << shift) | code << shift;
+                }
+            }
+        }
+        for m in [1, 4, 20, 40] {
+            let x: Vec<bf16> = (0..m * k).map(|at| bf16::from_f32(x_row(at % k))).collect();
+            let exact: Vec<f32> = x.iter().map(|v| v.to_f32()).collect();
+            assert!(expected(&exact, None, m, &w.view()).iter().all(|y| *y == (-0.0f32).to_bits()), "{scheme:?}");
+            check(MatRef::new(&x, m, k).unwrap().into(), &exact, &w.view(), &format!("{scheme:?}, m {m}"));
+        }
+    }
+}
+
 /// The reference is not blind: nibbles swapped, a scale off by one, a row shifted by a step are other bits.
 #[test]
 fn the_check_can_fail() {
