@@ -53,6 +53,7 @@ pub const SCHEMES: [Scheme; 13] = [
 ];
 
 /// Codes and scales of a random matrix.
+#[derive(Clone)]
 pub struct RandomMatrix {
     scheme: Scheme,
     n: usize,
