@@ -5,30 +5,40 @@ mod random;
 #[path = "support/tiers.rs"]
 mod tiers;
 
-use half::bf16;
+use half::{bf16, f16};
 use random::{RandomMatrix, Rng, SCHEMES};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use trn_kernels::layer::{
     GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, add, combine_experts,
     rms_norm, rms_norm_quantize, route_top_k, swiglu,
 };
-use trn_kernels::matmul::{MatmulOptions, PackedExperts, RowSource};
+use trn_kernels::matmul::{Activation, Activations, MatmulOptions, Output, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::num::Fp8;
 use trn_kernels::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme, quantize_into};
-use trn_kernels::{Cpu, HeadsMut, MatMut, MatRef, Workspace};
+use trn_kernels::cpu::Blocking;
+use trn_kernels::{Cpu, HeadsMut, MatMut, MatRef, Parallelism, Workspace};
 
 struct Counting;
 
 thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+    /// Whether this thread counts for the pool under test: others run other tests at the same time.
+    static IN_POOL: Cell<bool> = const { Cell::new(false) };
 }
+
+/// Allocations of all threads that are [`IN_POOL`].
+static OF_POOL: AtomicUsize = AtomicUsize::new(0);
 
 fn count() {
     ALLOCATIONS.with(|n| n.set(n.get() + 1));
+    if IN_POOL.get() {
+        OF_POOL.fetch_add(1, Relaxed);
+    }
 }
 
-// SAFETY: every call is passed on to the system allocator unchanged; counting allocates nothing (a const-initialised Cell).
+// SAFETY: every call is passed on to the system allocator unchanged; counting allocates nothing (const-initialised Cells).
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
@@ -126,6 +136,124 @@ fn matmul_allocates_nothing() {
         };
         all();
         assert_eq!(allocations(all), 0, "{scheme:?} on {}", cpu.isa());
+    }
+}
+
+/// Operands of dense, grouped and gathered matmuls of a few shapes, activations and outputs, and where results go.
+struct Matmuls {
+    experts: PackedExperts,
+    packed: PackedMatrix,
+    f: Vec<f32>,
+    b: Vec<bf16>,
+    h: Vec<f16>,
+    bias: Vec<f32>,
+    in_f32: Vec<f32>,
+    in_bf16: Vec<bf16>,
+    ids: Vec<u32>,
+    workspace: Workspace,
+}
+
+impl Matmuls {
+    /// Most rows.
+    const M: usize = 64;
+    /// Calls of a run.
+    const CALLS: usize = 4 * 2 * 3 * 2 * 3;
+
+    fn new(scheme: Scheme) -> Matmuls {
+        let (n, k, mut rng) = (70, 160, Rng(3));
+        let mut pack = || Cpu::baseline().pack(&RandomMatrix::new(&mut rng, scheme, n, k, 2).view()).unwrap();
+        let packed = pack();
+        let experts = PackedExperts::new(vec![packed.clone(), pack()]).unwrap();
+        let f = rng.wide(Matmuls::M * k, 0..=0);
+        Matmuls {
+            b: f.iter().map(|v| bf16::from_f32(*v)).collect(),
+            h: f.iter().map(|v| f16::from_f32(*v)).collect(),
+            bias: rng.wide(2 * n, 0..=0),
+            in_f32: vec![0.0; Matmuls::M * n],
+            in_bf16: vec![bf16::ZERO; Matmuls::M * n],
+            ids: (0..Matmuls::M as u32).map(|i| i % 3 % 2).collect(),
+            workspace: Workspace::new(),
+            experts,
+            packed,
+            f,
+        }
+    }
+
+    fn run(&mut self, cpu: Cpu<'_>) {
+        let Matmuls { experts, packed, f, b, h, bias, in_f32, in_bf16, ids, workspace } = self;
+        let (n, k) = (packed.n(), packed.k());
+        for (m, plain) in [1, 4, 16, Matmuls::M].into_iter().flat_map(|m| [(m, true), (m, false)]) {
+            let options = |bias| match plain {
+                true => MatmulOptions::default(),
+                false => MatmulOptions { bias: Some(bias), alpha: 0.5, accumulate: true, activation: Activation::Silu },
+            };
+            let (dense, of_experts) = (options(&bias[..n]), options(&bias[..]));
+            let xs: [Activations<'_>; 3] = [
+                MatRef::new(&f[..m * k], m, k).unwrap().into(),
+                MatRef::new(&b[..m * k], m, k).unwrap().into(),
+                MatRef::new(&h[..m * k], m, k).unwrap().into(),
+            ];
+            for (x, of_f32) in xs.into_iter().flat_map(|x| [(x, true), (x, false)]) {
+                let mut y = |call: &mut dyn FnMut(Output<'_>)| match of_f32 {
+                    true => call(MatMut::new(&mut in_f32[..m * n], m, n).unwrap().into()),
+                    false => call(MatMut::new(&mut in_bf16[..m * n], m, n).unwrap().into()),
+                };
+                y(&mut |y| cpu.matmul(x, packed, y, &dense, workspace).unwrap());
+                let offsets = [0, m as u32 / 3, m as u32];
+                y(&mut |y| cpu.grouped_matmul(x, experts, &offsets, y, &of_experts, workspace).unwrap());
+                let (ids, source) = (&ids[..m], RowSource::Slot);
+                y(&mut |y| cpu.gather_matmul(x, source, experts, ids, 1, y, &of_experts, workspace).unwrap());
+            }
+        }
+    }
+}
+
+/// Few rows and many, each plain type of activations, two outputs, with and without an epilogue, on each tier: in one workspace, so
+/// that one shape after another takes it.
+#[test]
+fn shapes_and_epilogues_allocate_nothing() {
+    for scheme in SCHEMES {
+        let mut matmuls = Matmuls::new(scheme);
+        for cpu in tiers::tiers() {
+            matmuls.run(cpu);
+            assert_eq!(allocations(|| matmuls.run(cpu)), 0, "{scheme:?} on {}", cpu.isa());
+        }
+    }
+}
+
+/// On a warmed-up pool: a call from a thread of the pool allocates nothing on any thread; one from outside is handed in through
+/// rayon's queue, whose blocks of 63 entries are rayon's to allocate. Nothing else is.
+#[test]
+fn pools_allocate_the_queue_of_calls_alone() {
+    IN_POOL.set(true);
+    for threads in [1, 3] {
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(|_| IN_POOL.set(true));
+        let pool = builder.build().unwrap();
+        // A thread that first looks for others' work is registered for it, which allocates.
+        pool.broadcast(|_| while rayon::yield_now() == Some(rayon::Yield::Executed) {});
+        let of_pool = |f: &mut (dyn FnMut() + Send)| {
+            let before = OF_POOL.load(Relaxed);
+            f();
+            OF_POOL.load(Relaxed) - before
+        };
+        for scheme in [Scheme::Mxfp4, Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 24, k: 128 }] {
+            let mut matmuls = Matmuls::new(scheme);
+            for cpu in tiers::tiers() {
+                // Small matrices fork too.
+                let cpu = cpu.with_blocking(Blocking { fork: 0, ..Blocking::default() });
+                let lent = cpu.with_parallelism(Parallelism::Pool(&pool));
+                let what = format!("{scheme:?} on {}, {threads} threads", cpu.isa());
+                matmuls.run(lent);
+                let outside = of_pool(&mut || matmuls.run(lent));
+                assert!(outside <= Matmuls::CALLS / 63 + 1, "{what}: {outside} for calls from outside");
+                pool.install(|| {
+                    let current = cpu.with_parallelism(Parallelism::CurrentPool);
+                    for cpu in [lent, current] {
+                        assert_eq!(of_pool(&mut || matmuls.run(cpu)), 0, "{what}: calls from inside");
+                    }
+                });
+            }
+        }
     }
 }
 
