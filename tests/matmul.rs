@@ -290,7 +290,10 @@ fn adversarial_data_within_the_bound() {
                 let options = MatmulOptions::default();
                 let expected = oracle::matmul(x, &w, &options, &[], OutputType::F32).unwrap();
                 // A test of nothing where anything is admitted.
-                assert!(expected.iter().all(|e| e.value.is_finite() && e.bound.is_finite()), "{scheme:?} {adversary:?}");
+                assert!(
+                    expected.iter().all(|e| e.value.is_finite() && e.bound.is_finite()),
+                    "{scheme:?} {adversary:?}"
+                );
                 if adversary == Adversary::Cancels {
                     assert!(expected.iter().all(|e| e.value.abs() <= e.bound), "{scheme:?}");
                 }

@@ -10,6 +10,7 @@ use random::{RandomMatrix, Rng, SCHEMES};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use trn_kernels::cpu::Blocking;
 use trn_kernels::layer::{
     GateLayout, RopeFrequencies, RopePairs, RopeScaling, RopeTable, RouterMode, SwigluSpec, add, combine_experts,
     rms_norm, rms_norm_quantize, route_top_k, swiglu,
@@ -17,7 +18,6 @@ use trn_kernels::layer::{
 use trn_kernels::matmul::{Activation, Activations, MatmulOptions, Output, PackedExperts, PackedMatrix, RowSource};
 use trn_kernels::num::Fp8;
 use trn_kernels::quant::{QuantizeOptions, QuantizedMatrixBuf, Scheme, quantize_into};
-use trn_kernels::cpu::Blocking;
 use trn_kernels::{Cpu, HeadsMut, MatMut, MatRef, Parallelism, Workspace};
 
 struct Counting;

@@ -409,9 +409,13 @@ fn every_code_and_what_is_no_number() {
 fn zeros_of_flushed_sums() {
     let mut rng = Rng(11);
     let (n, k) = (20, 96);
-    for scheme in
-        [Scheme::Bf16, Scheme::Mxfp4, Scheme::Mxfp8(Fp8::E4M3Fn), Scheme::Mxfp8(Fp8::E5M2), Scheme::Fp8PerTensor(Fp8::E4M3Fn)]
-    {
+    for scheme in [
+        Scheme::Bf16,
+        Scheme::Mxfp4,
+        Scheme::Mxfp8(Fp8::E4M3Fn),
+        Scheme::Mxfp8(Fp8::E5M2),
+        Scheme::Fp8PerTensor(Fp8::E4M3Fn),
+    ] {
         // The sum of the first step is the least normal number, that of the second makes it a negative subnormal, those of
         // the third are flushed at once and meet -0 from then on.
         let weight = |col: usize| match col {
