@@ -122,7 +122,7 @@ impl Plan {
         let (unit, wanted_along_n) = if panels.div_ceil(unit) >= threads { (unit, wanted) } else { (1, threads) };
         let units = panels.div_ceil(unit);
         let panel_tasks = units.min(wanted_along_n);
-        let task_panels = units.div_ceil(panel_tasks).saturating_mul(unit);
+        let task_panels = units.div_ceil(panel_tasks).saturating_mul(unit).min(panels);
         // Few panels and many rows: rows are split too.
         let row_tasks = if panel_tasks >= threads { 1 } else { wanted.div_ceil(panel_tasks) };
         let task_rows = rows.div_ceil(row_tasks).next_multiple_of(if row_tasks == 1 { 1 } else { row_unit });
@@ -156,7 +156,8 @@ impl Plan {
     fn task(&self, task: usize) -> std::ops::Range<usize> {
         let units = self.panels.div_ceil(self.unit);
         let (each, more) = (units / self.panel_tasks, units % self.panel_tasks);
-        let start = |task: usize| (task * each + task * more / self.panel_tasks).saturating_mul(self.unit).min(self.panels);
+        let start =
+            |task: usize| (task * each + task * more / self.panel_tasks).saturating_mul(self.unit).min(self.panels);
         start(task)..start(task + 1)
     }
 
