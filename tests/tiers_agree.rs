@@ -339,7 +339,7 @@ fn explained() {
         let one = text(1);
         let decodes = cpu.isa() > Isa::Portable;
         assert_eq!(one.contains("Decode kernel"), decodes, "{one}");
-        assert!(one.contains(&format!("on {}", cpu.isa())) && one.contains("packed layout v2"), "{one}");
+        assert!(one.contains(&format!("on {}", cpu.isa())) && one.contains("packed layout v3"), "{one}");
         assert!(text(512).contains("Prefill kernel"));
         let tile = Scheme::Fp8Blockwise { element: Fp8::E4M3Fn, n: 1, k: 50 };
         assert!(cpu.explain(&MatmulProblem { scheme: tile, m: 1, n: 1, k: 100 }).is_err());
