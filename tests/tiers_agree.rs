@@ -478,7 +478,7 @@ fn explained() {
         let one = text(1);
         let decodes = cpu.isa() > Isa::Portable;
         assert_eq!(one.contains("Decode kernel"), decodes, "{one}");
-        assert!(one.contains(&format!("on {}", cpu.isa())) && one.contains("packed layout v2"), "{one}");
+        assert!(one.contains(&format!("on {}", cpu.isa())) && one.contains("packed layout v3"), "{one}");
         assert!(text(512).contains("Prefill kernel"));
         // Rows that fill at most one tile, and more.
         let amx = cpu.isa() == Isa::Amx;

@@ -3,10 +3,14 @@
 
 #[path = "../../tests/support/files.rs"]
 mod files;
+#[path = "../../tests/support/random.rs"]
+mod random;
 
 use files::{GgufEntry, GgufFile, gguf_array, gguf_string, safetensors};
+use random::{RandomMatrix, Rng, SCHEMES};
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
+use trn_kernels::Cpu;
 
 fn write(dir: &Path, target: &str, name: &str, bytes: impl AsRef<[u8]>) -> io::Result<()> {
     let dir = dir.join(target);
@@ -88,6 +92,16 @@ fn main() -> io::Result<()> {
         write(&corpus, "manifest", &format!("entry-{i}"), [b"[[kernel]]", entry.as_bytes(), &call].concat())?;
         for (j, check) in entry.split("check = \"").skip(1).filter_map(|c| c.split('"').next()).enumerate() {
             write(&corpus, "manifest", &format!("check-{i}-{j}"), format!("!{check}"))?;
+        }
+    }
+    // Packed weights of every scheme: a panel and a bit, steps that are full and one that is not.
+    for (i, scheme) in SCHEMES.into_iter().enumerate() {
+        let k = if scheme.block() == 1 { 37 } else { 5 * scheme.block() };
+        for n in [3, 17] {
+            let w = RandomMatrix::new(&mut Rng(i as u64), scheme, n, k, 4);
+            let mut file = vec![];
+            Cpu::detect().pack(&w.view()).map_err(io::Error::other)?.write_to(&mut file)?;
+            write(&corpus, "packed", &format!("scheme-{i}-{n}"), file)?;
         }
     }
     // One entry each: usage, dtype, ndim, has a shape, wide, size, name.

@@ -1,13 +1,16 @@
 //! Packed weights as bytes: written once, mapped from then on.
 //!
 //! A header of 128 bytes, the packed bytes, the f32 scales; all little-endian. Every field is checked before any is believed, and
-//! two checksums say whether bytes are those that were written (they do not say who wrote them).
+//! two checksums say whether bytes are those that were written. They do not say who wrote them: what decides which shortcuts kernels
+//! take is not in the file, it is found in the packed bytes, and bytes that packing does not write are refused.
 #![forbid(unsafe_code)]
 
+use super::check::Check;
+use super::checksum::Checksum;
 use super::layout::PackedLayout;
 use super::pack::check_tiles;
-use super::packed::{Bytes, FAR, Facts, Outer, PackedMatrix};
-use crate::cpu::LINE;
+use super::packed::{Bytes, Facts, Outer, PackedMatrix};
+use crate::cpu::{Cpu, LINE};
 use crate::error::{Error, Result, length, mul};
 use crate::num::Fp8;
 use crate::quant::Scheme;
@@ -16,9 +19,12 @@ use std::sync::Arc;
 
 const MAGIC: [u8; 8] = *b"TRNKPACK";
 const HEADER: usize = 2 * LINE;
+/// Where the checksum of what follows the header stands.
+const CONTENTS_SUM: usize = 72;
 /// Where the header's own checksum stands; the bytes before it are what it is of.
-const HEADER_SUM: usize = 96;
+const HEADER_SUM: usize = HEADER - 8;
 const OPERAND: &str = "packed bytes";
+const SCALES: &str = "f32 scales of packed bytes";
 
 /// A scheme as four numbers: kind, element, tile n, tile k.
 fn scheme_fields(scheme: Scheme) -> [u64; 4] {
@@ -34,7 +40,8 @@ fn scheme_fields(scheme: Scheme) -> [u64; 4] {
     }
 }
 
-fn scheme_of([kind, element, n, k]: [u64; 4]) -> Option<Scheme> {
+fn scheme_of(fields: [u64; 4]) -> Option<Scheme> {
+    let [kind, element, n, k] = fields;
     let element = *Fp8::ALL.get(usize::try_from(element).ok()?)?;
     let scheme = match kind {
         0 => Scheme::Bf16,
@@ -47,39 +54,7 @@ fn scheme_of([kind, element, n, k]: [u64; 4]) -> Option<Scheme> {
         _ => return None,
     };
     let empty = matches!(scheme, Scheme::Fp8Blockwise { n: 0, .. } | Scheme::Fp8Blockwise { k: 0, .. });
-    (!empty && scheme_fields(scheme) == [kind, element_index(scheme), n, k]).then_some(scheme)
-}
-
-fn element_index(scheme: Scheme) -> u64 {
-    scheme_fields(scheme)[1]
-}
-
-/// Eight 64-bit lanes, each multiplied by an odd number after it took a word in: whatever changes in one word changes its lane.
-#[derive(Clone, Copy)]
-struct Checksum([u64; 8]);
-
-impl Checksum {
-    const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
-
-    fn new() -> Self {
-        Checksum(std::array::from_fn(|lane| lane as u64 + 1))
-    }
-
-    /// Takes bytes in, the last line filled up with zeros.
-    fn take(&mut self, bytes: &[u8]) {
-        let (lines, rest) = bytes.as_chunks::<LINE>();
-        let mut last = [0; LINE];
-        last[..rest.len()].copy_from_slice(rest);
-        for line in lines.iter().chain((!rest.is_empty()).then_some(&last)) {
-            for (lane, word) in self.0.iter_mut().zip(line.as_chunks::<8>().0) {
-                *lane = (*lane ^ u64::from_le_bytes(*word)).wrapping_mul(Self::ODD).rotate_left(29);
-            }
-        }
-    }
-
-    fn finish(self) -> u64 {
-        self.0.iter().fold(0, |sum, lane| (sum ^ lane).wrapping_mul(Self::ODD).rotate_left(29))
-    }
+    (!empty && scheme_fields(scheme) == fields).then_some(scheme)
 }
 
 fn of_outer(outer: &Outer) -> Vec<u8> {
@@ -121,34 +96,33 @@ impl PackedMatrix {
         let mut sum = Checksum::new();
         sum.take(data);
         sum.take(&outer);
-        let Facts { grid, top, finite, exact } = self.facts;
         let mut header = [0; HEADER];
         header[..8].copy_from_slice(&MAGIC);
         let [kind, element, tile_n, tile_k] = scheme_fields(self.scheme());
-        let flags = u64::from(finite) | u64::from(exact) << 1 | u64::from(grid.is_some()) << 2;
-        let magnitudes = u64::from(grid.unwrap_or_default() as u32) | u64::from(top as u32) << 32;
         let (n, k) = (self.n() as u64, self.k() as u64);
         let version = u64::from(PackedLayout::VERSION);
-        let fields =
-            [version, kind, element, tile_n, tile_k, n, k, outer.len() as u64 / 4, flags, magnitudes, sum.finish()];
+        let fields = [version, kind, element, tile_n, tile_k, n, k, outer.len() as u64 / 4, sum.finish()];
         for (to, field) in header[8..HEADER_SUM].chunks_exact_mut(8).zip(fields) {
             to.copy_from_slice(&field.to_le_bytes());
         }
         let mut sum = Checksum::new();
         sum.take(&header[..HEADER_SUM]);
-        header[HEADER_SUM..HEADER_SUM + 8].copy_from_slice(&sum.finish().to_le_bytes());
+        header[HEADER_SUM..].copy_from_slice(&sum.finish().to_le_bytes());
         to.write_all(&header)?;
         to.write_all(data)?;
         to.write_all(&outer)
     }
 
     /// A matrix over bytes that [`PackedMatrix::write_to`] wrote, at no copy: a map of a file, say, or part of one. All of it is
-    /// read once, to check it.
+    /// read once, to check it: its checksums are against accidents (any change within eight aligned bytes is noticed, others but
+    /// for one in about 2^64), and whatever has the right ones is a matrix that packing could have written, computed with as that.
     ///
     /// # Errors
     /// [`Error::Length`] if `bytes` is shorter or longer than what was written; [`Error::Value`] if it is not a packed matrix, is
-    /// of another layout version, does not begin at a multiple of 64 in memory, or is not what was written (its checksums);
-    /// [`Error::Overflow`]; [`Error::Unsupported`] as [`Cpu::pack`](crate::Cpu::pack).
+    /// of another layout version, does not begin at a multiple of 64 in memory, is not what was written (its checksums), or holds
+    /// what packing does not write (a scale that is not finite, an NVFP4 block scale with the sign bit, a block of zeros without
+    /// scale 1, a bf16 subnormal, anything past n and k but zeros); [`Error::Multiple`] if k is not a multiple of the scheme's
+    /// block; [`Error::Overflow`]; [`Error::Unsupported`] as [`Cpu::pack`](crate::Cpu::pack).
     pub fn from_bytes(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self> {
         let owner: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(bytes);
         let all = (*owner).as_ref();
@@ -163,7 +137,7 @@ impl PackedMatrix {
             return Err(wrong(
                 8,
                 format!("layout version {}", fields.u64(8)),
-                "layout version 2: pack the weights again",
+                "layout version 3: pack the weights again",
             ));
         }
         let offset = all.as_ptr() as usize % LINE;
@@ -193,32 +167,58 @@ impl PackedMatrix {
             Scheme::Fp8Blockwise { n: tile_n, k: tile_k, .. } => mul(OPERAND, n.div_ceil(tile_n), k.div_ceil(tile_k))?,
             _ => 1,
         };
-        length("f32 scales of packed bytes", fields.extent(64)?, scales)?;
+        length(SCALES, fields.extent(64)?, scales)?;
         let end = HEADER.checked_add(layout.bytes()).and_then(|end| end.checked_add(scales.checked_mul(4)?));
         length(OPERAND, all.len(), end.ok_or(Error::Overflow { operand: OPERAND.into() })?)?;
         let (data, outer) = rest.split_at(layout.bytes());
-        let mut sum = Checksum::new();
-        sum.take(data);
-        sum.take(outer);
-        if sum.finish() != fields.u64(88) {
-            return Err(wrong(88, "another checksum".into(), "contents as they were written"));
-        }
-        let scales: Vec<f32> = outer.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        crate::quant::finite("f32 scales of packed bytes", &scales)?;
-        let outer = match scheme {
-            Scheme::Fp8PerChannel(_) => Outer::Channel(scales),
-            Scheme::Fp8Blockwise { n, k: tile, .. } => Outer::Tiles { n, k: tile, row: k.div_ceil(tile), scales },
-            _ => Outer::Tensor(scales.first().copied().unwrap_or(1.0)),
-        };
-        let (flags, magnitudes) = (fields.u64(72), fields.u64(80));
-        let exponent = |bits: u64| (bits as u32 as i32).clamp(-FAR, FAR);
-        let facts = Facts {
-            grid: (flags & 4 != 0).then_some(exponent(magnitudes)),
-            top: exponent(magnitudes >> 32),
-            finite: flags & 1 != 0,
-            exact: flags & 2 != 0,
-        };
+        let facts = read(layout, data, outer, fields.u64(CONTENTS_SUM))?;
+        let outer = outer_of(scheme, k, outer)?;
         let len = layout.bytes();
         Ok(PackedMatrix { layout, data: Bytes::Lent { owner, start: HEADER, len }, outer, facts })
     }
+}
+
+/// Reads everything once: the facts of all panels, if the checksum is `expected` and every panel is as packing writes it.
+fn read(layout: PackedLayout, data: &[u8], outer: &[u8], expected: u64) -> Result<Facts> {
+    let tier = Cpu::detect().tier();
+    let (mut sum, mut facts) = (Checksum::new(), Ok(Facts::NONE));
+    // Panel by panel, so that what is checked is still in a cache.
+    for (panel, bytes) in data.chunks_exact(layout.panel_bytes().max(1)).enumerate() {
+        sum.take(bytes);
+        if let Ok(before) = facts {
+            let mut found = Ok(Facts::NONE);
+            tier.run(Check { layout, panel, bytes, found: &mut found });
+            facts = found.map(|facts| before.merge(facts)).map_err(|foreign| (panel, foreign));
+        }
+    }
+    sum.take(outer);
+    if sum.finish() != expected {
+        return Err(wrong(CONTENTS_SUM, "another checksum".into(), "contents as they were written"));
+    }
+    facts.map_err(|(panel, foreign)| {
+        wrong(HEADER + panel * layout.panel_bytes() + foreign.at, foreign.got, foreign.needed)
+    })
+}
+
+/// The f32 scales from their bytes, as many as the scheme has.
+fn outer_of(scheme: Scheme, k: usize, bytes: &[u8]) -> Result<Outer> {
+    let scales: Vec<f32> = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    crate::quant::finite(SCALES, &scales)?;
+    Ok(match scheme {
+        Scheme::Fp8PerChannel(_) => Outer::Channel(scales),
+        Scheme::Fp8Blockwise { n, k: tile, .. } => Outer::Tiles { n, k: tile, row: k.div_ceil(tile), scales },
+        Scheme::Nvfp4 | Scheme::Fp8PerTensor(_) => Outer::Tensor(scales.first().copied().unwrap_or(1.0)),
+        Scheme::Bf16 | Scheme::Mxfp4 | Scheme::Mxfp8(_) => match scales.iter().position(|scale| *scale != 1.0) {
+            Some(at) => {
+                let got = scales[at].to_string();
+                return Err(Error::Value {
+                    operand: SCALES.into(),
+                    at,
+                    got,
+                    needed: "1, for the scheme has no f32 scale",
+                });
+            }
+            None => Outer::Tensor(1.0),
+        },
+    })
 }

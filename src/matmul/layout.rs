@@ -35,8 +35,9 @@ pub struct PackedLayout {
 }
 
 impl PackedLayout {
-    /// Changes with every change of the order of bytes. Version 1 was never written to a file.
-    pub const VERSION: u32 = 2;
+    /// Changes with every change of the order of bytes, or of the file around them. Version 1 was never written to a file; version 2
+    /// has the same order, its files said what is now found in the packed bytes.
+    pub const VERSION: u32 = 3;
 
     /// Of weights `[n, k]`.
     ///

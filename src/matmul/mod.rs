@@ -6,6 +6,8 @@
 
 mod amx;
 mod batch;
+mod check;
+mod checksum;
 mod coding;
 mod decode;
 mod dense;
@@ -13,6 +15,7 @@ mod driver;
 mod epilogue;
 mod experts;
 mod explain;
+mod facts;
 mod file;
 mod layout;
 mod operand;

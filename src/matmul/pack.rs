@@ -1,10 +1,10 @@
 //! From a checkpoint's order to the kernels'.
 #![forbid(unsafe_code)]
 
-use super::coding::decode_any;
+use super::facts::Seen;
 use super::layout::{GROUP, PackedLayout};
-use super::packed::{Bytes, Facts, Outer, PackedMatrix, code_range};
-use crate::cpu::{Cpu, Kernel, LANES, LINE, Lines, Range, STEP, Simd, Smallest, for_each_zip};
+use super::packed::{Bytes, Facts, Outer, PackedMatrix};
+use crate::cpu::{Cpu, Kernel, LANES, LINE, Lines, STEP, Simd, for_each_zip};
 use crate::error::{Error, Result};
 use crate::quant::{QuantizedMatrix, Scheme};
 
@@ -90,17 +90,7 @@ fn pack_panel<S: Simd>(s: S, w: &QuantizedMatrix<'_>, layout: PackedLayout, firs
         8 => pack_groups::<S, 2>(s, &rows, layout, panel),
         _ => pack_groups::<S, 4>(s, &rows, layout, panel),
     };
-    let mut facts = seen.facts(layout.scheme());
-    if facts.top > 127 && facts.finite {
-        // A bound is not a value: look whether any leaves f32's range.
-        let mut values = [[0.0; LANES]; STEP];
-        for step in 0..layout.steps() {
-            let (scales, codes) = layout.step(step);
-            decode_any(s, layout.scheme(), &panel[scales], &panel[codes], &mut values);
-            facts.finite &= values.as_flattened().iter().fold(true, |all, v| all & v.is_finite());
-        }
-    }
-    facts
+    seen.facts(s, layout, panel)
 }
 
 /// 16 rows where they come from.
@@ -203,17 +193,13 @@ fn pack_groups<S: Simd, const Q: usize>(s: S, rows: &Rows<'_>, layout: PackedLay
                 s.store_words(words, line);
             }
         }
-        let lines = lines.as_flattened_mut();
-        for (line, to) in lines.iter_mut().zip(codes.as_chunks_mut::<LINE>().0) {
-            seen.line::<Q>(line);
+        let lines = lines.as_flattened();
+        for (line, to) in lines.iter().zip(codes.as_chunks_mut::<LINE>().0) {
             *to = if Q == 2 { pairs_apart(line) } else { *line };
         }
-        let step_scales = layout.step_scales();
-        if step_scales == 0 {
-            continue;
-        }
+        let scales = &mut scales[..steps * layout.step_scales()];
         let mut own = [0u32; LANES];
-        for (b, scales) in scales.as_chunks_mut::<LANES>().0.iter_mut().enumerate().take(steps * step_scales / LANES) {
+        for (b, scales) in scales.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             // Four blocks of each row at a time.
             if b % GROUP == 0 {
                 let first = g * GROUP * STEP / scheme.block() + b;
@@ -221,20 +207,11 @@ fn pack_groups<S: Simd, const Q: usize>(s: S, rows: &Rows<'_>, layout: PackedLay
                     *own = u32::from_le_bytes(rows.scales(l, first));
                 }
             }
-            let mut here = [0; LANES];
             for l in 0..LANES {
-                here[l] = own[l] >> (8 * (b % GROUP)) & 0xFF;
-            }
-            if scheme == Scheme::Nvfp4 {
-                seen.e4m3_scales(&here);
-            } else {
-                let of_step = &lines[b * 4 * Q..(b + 1) * 4 * Q];
-                seen.e8m0_scales(&mut here, of_step, if Q == 1 { 0x77 } else { 0x7F });
-            }
-            for l in 0..LANES {
-                scales[l] = here[l] as u8;
+                scales[l] = (own[l] >> (8 * (b % GROUP))) as u8;
             }
         }
+        seen.group::<Q>(scheme, codes, scales);
     }
     seen
 }
@@ -275,110 +252,6 @@ fn transposed<S: Simd>(s: S, mut square: [S::W; LANES]) -> [S::W; LANES] {
         }
     }
     square
-}
-
-/// What is gathered of a panel, lane by lane.
-struct Seen {
-    /// Least and largest scale code of blocks that are not zero.
-    least: [u32; LANES],
-    most: [u32; LANES],
-    /// Whether a scale is NaN.
-    nan: bool,
-    /// Largest magnitude byte of FP8 codes.
-    largest_code: [u8; LINE],
-    /// Smallest magnitude of bf16 less one (so zero is the largest), largest magnitude.
-    smallest: [u16; LINE / 2],
-    largest: [u16; LINE / 2],
-}
-
-impl Seen {
-    fn new() -> Seen {
-        Seen {
-            least: [255; LANES],
-            most: [0; LANES],
-            nan: false,
-            largest_code: [0; LINE],
-            smallest: [u16::MAX; LINE / 2],
-            largest: [0; LINE / 2],
-        }
-    }
-
-    /// Takes in a line of codes.
-    #[inline(always)]
-    fn line<const Q: usize>(&mut self, line: &[u8; LINE]) {
-        if Q == 2 {
-            for (largest, code) in self.largest_code.iter_mut().zip(line) {
-                *largest = (*largest).max(code & 0x7F);
-            }
-        }
-        if Q == 4 {
-            let values: [u16; LINE / 2] = bytemuck::cast(*line);
-            for ((smallest, largest), value) in self.smallest.iter_mut().zip(&mut self.largest).zip(values) {
-                let magnitude = u16::from_le(value) & 0x7FFF;
-                *smallest = (*smallest).min(magnitude.wrapping_sub(1));
-                *largest = (*largest).max(magnitude);
-            }
-        }
-    }
-
-    /// Takes in E4M3 scales.
-    #[inline(always)]
-    fn e4m3_scales(&mut self, scales: &[u32; LANES]) {
-        for scale in scales {
-            self.nan |= scale & 0x7F == 0x7F;
-        }
-    }
-
-    /// Takes in the E8M0 scales of a block of each row, whose codes are `lines` of words, with the bits of their magnitudes. Blocks
-    /// of zeros get scale 1.
-    #[inline(always)]
-    fn e8m0_scales(&mut self, scales: &mut [u32; LANES], lines: &[[u8; LINE]], magnitudes: u8) {
-        let mut any = [0; LINE];
-        for line in lines {
-            for i in 0..LINE {
-                any[i] |= line[i] & magnitudes;
-            }
-        }
-        let any: [u32; LANES] = bytemuck::cast(any);
-        let mut nan = 0;
-        for l in 0..LANES {
-            let zero = any[l] == 0;
-            let is_nan = scales[l] == 255;
-            nan |= u32::from(is_nan);
-            self.least[l] = self.least[l].min(if zero { 255 } else { scales[l] });
-            self.most[l] = self.most[l].max(if zero | is_nan { 0 } else { scales[l] });
-            scales[l] = if zero & !is_nan { 127 } else { scales[l] };
-        }
-        self.nan |= nan != 0;
-    }
-
-    fn facts(self, scheme: Scheme) -> Facts {
-        let Some(format) = scheme.element() else {
-            let mut range = Range::new(Smallest::BF16);
-            let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-            range.see(&self.smallest.map(|bits| value(bits.wrapping_add(1))));
-            range.see(&self.largest.map(value));
-            let (grid, top) = (range.smallest.grid(), range.top());
-            return Facts { grid, top, finite: top <= 128, exact: true };
-        };
-        let (grid, top) = code_range(format);
-        let largest_code = self.largest_code.iter().fold(0, |m, code| m.max(*code));
-        let least = self.least.iter().fold(255, |m, scale| m.min(*scale));
-        let most = self.most.iter().fold(0, |m, scale| m.max(*scale));
-        let finite = !self.nan && (scheme.bits() == 4 || largest_code <= format.max_code());
-        match scheme {
-            Scheme::Mxfp4 | Scheme::Mxfp8(_) if least > most => Facts { finite, ..Facts::NONE },
-            Scheme::Mxfp4 | Scheme::Mxfp8(_) => {
-                let (least, most) = (least as i32 - 127, most as i32 - 127);
-                // Code 0 is 2^-127, which kernels that make powers of two by shifts do not know.
-                let exact = grid + least >= -126 && top + most <= 127 && least > -127;
-                Facts { grid: Some(grid + least), top: top + most, finite, exact }
-            }
-            // An E4M3FN scale is a multiple of 2^-9 and below 2^9.
-            Scheme::Nvfp4 => Facts { grid: Some(grid - 9), top: top + 9, finite, exact: true },
-            _ => Facts { grid: Some(grid), top, finite, exact: true },
-        }
-    }
 }
 
 #[cfg(test)]

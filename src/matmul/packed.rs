@@ -63,7 +63,7 @@ impl Outer {
     }
 }
 
-/// What was seen of the values code x block scale while they were packed: what tells which shortcuts keep every bit.
+/// What was seen of the values code x block scale while they were packed or read back: what tells which shortcuts keep every bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Facts {
     /// All values are multiples of `2^grid`; `None` if all are zero.
@@ -77,7 +77,7 @@ pub(super) struct Facts {
 }
 
 /// Beyond this all exponents say the same; sums of a few of them do not overflow.
-pub(super) const FAR: i32 = 4096;
+const FAR: i32 = 4096;
 
 impl Facts {
     /// Of nothing.
@@ -127,7 +127,7 @@ impl PackedMatrix {
     }
 
     /// Whether every weight is a number: no NaN or infinite code, no NaN scale (f32 scales always are finite). Known since
-    /// packing, at no cost; [`QuantizedMatrix::check_finite`](crate::quant::QuantizedMatrix::check_finite) says where.
+    /// packing or reading, at no cost; [`QuantizedMatrix::check_finite`](crate::quant::QuantizedMatrix::check_finite) says where.
     pub fn is_finite(&self) -> bool {
         self.facts.finite
     }
