@@ -6,6 +6,8 @@
 
 mod amx;
 mod batch;
+#[cfg(test)]
+mod caches;
 mod check;
 mod checksum;
 mod coding;
