@@ -43,7 +43,7 @@ fn products(x: Activations<'_>, w: &RandomMatrix) -> Option<u64> {
 #[test]
 fn tiles_are_taken() {
     if !amx::available() {
-        return eprintln!("skipped: neither AMX nor AVX-512 VBMI2");
+        return eprintln!("skipped: neither AMX nor AVX-512 with VBMI and VBMI2");
     }
     let _alone = ALONE.lock().unwrap();
     // A first product, so that "none counted" means that the machine does not count.
@@ -119,7 +119,7 @@ fn flush(x: f32) -> f32 {
 #[test]
 fn a_product_is_a_step() {
     if !amx::available() {
-        return eprintln!("skipped: neither AMX nor AVX-512 VBMI2");
+        return eprintln!("skipped: neither AMX nor AVX-512 with VBMI and VBMI2");
     }
     let _alone = ALONE.lock().unwrap();
     let mut rng = Rng(2);

@@ -285,6 +285,47 @@ fn the_ends_of_the_range() {
     }
 }
 
+/// Every code of a format under every block scale, one at a time: rows of x are those of the unit matrix. Sixteen scales at a time, so
+/// that those which keep tiles from being taken do not keep the others, too.
+#[test]
+fn every_scale_and_code() {
+    let mx = [Fp8::E4M3Fn, Fp8::E4M3Ieee, Fp8::E5M2, Fp8::E3M4].map(Scheme::Mxfp8);
+    let of_scales = [(Scheme::Nvfp4, 0x7F), (Scheme::Mxfp4, 255)].into_iter().chain(mx.map(|scheme| (scheme, 255)));
+    let without = mx.map(|scheme| (Scheme::Fp8PerTensor(scheme.fp8().unwrap()), 1));
+    for (scheme, scales) in of_scales.chain(without) {
+        let k = if scheme.fp8().is_some() { 256 } else { 32 };
+        let unit = |row: usize| (0..k).map(move |col| bf16::from_f32(f32::from(u8::from(row == col))));
+        let x: Vec<bf16> = (0..k).flat_map(unit).collect();
+        let exact: Vec<f32> = x.iter().map(|v| v.to_f32()).collect();
+        for first in (0..scales).step_by(16) {
+            let n = 16.min(scales - first);
+            let mut w = RandomMatrix::new(&mut Rng(11), scheme, n, k, 1);
+            for (i, codes) in w.codes.iter_mut().enumerate() {
+                *codes = match scheme.fp8() {
+                    Some(format) if format.values()[i % 256].is_finite() => i as u8,
+                    Some(_) => 0,
+                    // A row's 32 codes are all of them twice.
+                    None => (2 * i % 16 | (2 * i + 1) % 16 << 4) as u8,
+                };
+            }
+            let of_row = w.scales.len() / n;
+            w.scales.iter_mut().enumerate().for_each(|(i, scale)| *scale = (first + i / of_row.max(1)) as u8);
+            w.floats.fill(1.0);
+            let want = expected(&exact, None, k, &w.view());
+            for (name, cpu) in tiers::all_builds() {
+                let packed = cpu.pack(&w.view()).unwrap();
+                // By what takes few rows and by what takes many.
+                for rows in [16, k] {
+                    for (x, want) in x.chunks(rows * k).zip(want.chunks(rows * n)) {
+                        let got = run(cpu, MatRef::new(x, rows, k).unwrap().into(), &packed);
+                        assert!(got == want, "{scheme:?}, scales from {first} on, {rows} rows on {name}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 fn rescale(rng: &mut Rng, w: &mut RandomMatrix, scales: std::ops::RangeInclusive<u8>) {
     let count = usize::from(scales.end() - scales.start()) + 1;
     w.scales.iter_mut().for_each(|scale| *scale = scales.start() + rng.below(count) as u8);

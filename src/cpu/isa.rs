@@ -19,7 +19,7 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL: 512-bit registers.
     Avx512,
-    /// x86-64 with AMX tiles and BF16, AVX-512 VBMI2 beside, on Linux, which must grant the tiles to the process: asked once. Matmul
+    /// x86-64 with AMX tiles and BF16, AVX-512 VBMI and VBMI2 beside, on Linux, which must grant the tiles to the process: asked once. Matmul
     /// of operands that bf16 holds takes tiles, everything else what [`Isa::Avx512`] takes.
     Amx,
 }
@@ -132,14 +132,14 @@ impl Avx512Token {
     }
 }
 
-/// Proof that this process may use AMX tiles with BF16, and that the CPU has AVX-512 VBMI2 and what [`Avx512Token`] proves.
+/// Proof that this process may use AMX tiles with BF16, and that the CPU has AVX-512 VBMI and VBMI2 and what [`Avx512Token`] proves.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AmxToken(Avx512Token);
 
 /// Whether a test has promised to stand in for AMX.
 static ASSUMED: AtomicBool = AtomicBool::new(false);
 
-/// Makes [`Isa::Amx`] available on a machine that has AVX-512 VBMI2 but no AMX: for tests that execute its instructions
+/// Makes [`Isa::Amx`] available on a machine that has AVX-512 VBMI and VBMI2 but no AMX: for tests that execute its instructions
 /// themselves, in a handler of SIGILL. Detection never chooses what is assumed. Not covered by semantic versioning.
 ///
 /// # Safety
@@ -159,8 +159,8 @@ impl AmxToken {
     /// The token, or what is missing.
     pub(crate) fn detect() -> Result<Self, &'static str> {
         let avx512 = Avx512Token::detect().ok_or("this CPU lacks AVX-512 F, BW, DQ or VL")?;
-        if !detected!("avx512vbmi2") {
-            return Err("this CPU lacks AVX-512 VBMI2");
+        if !detected!("avx512vbmi", "avx512vbmi2") {
+            return Err("this CPU lacks AVX-512 VBMI or VBMI2");
         }
         if !ASSUMED.load(SeqCst) {
             tiles_granted()?;

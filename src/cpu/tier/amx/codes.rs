@@ -8,7 +8,7 @@
 //! |---|---|
 //! | rsi, rdi | codes and block scales of the step |
 //! | r11 + `$out` | 1024 bytes for the tile |
-//! | zmm26 to zmm31 | [`Constants`] |
+//! | zmm24 to zmm31 | [`Constants`] |
 //! | zmm16 to zmm23, k1, k2, ymm/xmm of the same | scratch |
 //!
 //! Powers of two are applied by integer subtraction: codes are first read as bf16 with an exponent field that is too large by a
@@ -32,10 +32,10 @@ pub(crate) enum TileCode {
     Bf16,
 }
 
-/// Sixteen words a table: contents of zmm26 to zmm31.
+/// Contents of zmm24 to zmm31; tables of sixteen words stand twice, because five bits of an index count.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Constants(pub(super) [[u16; 32]; 6]);
+pub(super) struct Constants([[u16; 32]; 8]);
 
 /// A code and what its loops keep in registers: made once for many calls.
 #[derive(Debug, Clone, Copy)]
@@ -60,16 +60,13 @@ const FP4_UP: u16 = 125;
 /// NVFP4: bf16 bits that stand for 1.0 before the subtraction. Scales times 1.5 stay below, twice them fit 15 bits.
 const NV_ONE: u16 = 0x7000;
 
-/// VPSHUFB's indices for the high byte of each word in its low byte; zero above.
-const HIGH_BYTES: [u16; 32] = {
-    let mut bytes = [0x8000; 32];
-    let mut i = 0;
-    while i < 32 {
-        bytes[i] |= 2 * (i as u16 % 8) + 1;
-        i += 1;
-    }
-    bytes
-};
+/// VPMULTISHIFTQB's offsets that move every word down by so many bits; what a word's low five bits do not need comes round.
+fn down(bits: u16) -> [u16; 32] {
+    std::array::from_fn(|word| {
+        let of_byte = |byte: u16| (16 * (word as u16 % 4) + 8 * byte + bits) % 64;
+        of_byte(0) | of_byte(1) << 8
+    })
+}
 
 /// bf16 bits of a number that bf16 holds.
 fn bf16_bits(x: f32) -> u16 {
@@ -88,27 +85,41 @@ impl TileCode {
         }
     }
 
-    /// zmm26 to zmm31 for the macros below.
+    /// zmm24 to zmm31 for the macros below.
     fn constants(self) -> Constants {
-        let mut c = [[0u16; 32]; 6];
+        let mut c = [[0u16; 32]; 8];
         match self {
             TileCode::Bf16 => {}
             TileCode::Mxfp4 => {
-                c[0] = words(u32::from(FP4_UP + 127));
-                c[1] = HIGH_BYTES;
-                c[5] = std::array::from_fn(|i| {
+                c[2] = words(u32::from(FP4_UP + 127));
+                [c[3], c[4], c[5]] = [down(4), down(8), down(12)];
+                c[7] = std::array::from_fn(|i| {
                     let value = F4E2M1x2::VALUES[i % 16];
                     if value == 0.0 { 0 } else { bf16_bits(value) + (FP4_UP << 7) }
                 });
             }
             TileCode::Nvfp4 => {
-                // An f16 of code << 7 is 2^-8 times the E4M3FN value.
-                c[0] = words(256f32.to_bits());
-                c[1] = words(384f32.to_bits());
-                c[2] = [NV_ONE; 32];
-                c[3] = [NV_ONE + 1; 32];
-                c[4] = [1; 32];
-                c[5] = std::array::from_fn(|i| {
+                // Words of both blocks, of four columns in turn, so that unpacking makes double words of each block's.
+                let turns = [0u32, 4, 1, 5, 2, 6, 3, 7];
+                c[0] = std::array::from_fn(|i| if i % 2 == 0 { turns[i / 2 % 8] as u16 } else { 0 });
+                // What is to be subtracted for an element of mantissa 1 and of 1.5, and the second less the first, which the three
+                // bits of a normal scale's mantissa decide.
+                let minus = |scale: f32| match scale {
+                    0.0 => [u16::MAX; 2],
+                    _ => [NV_ONE - bf16_bits(scale), NV_ONE + 1 - bf16_bits(1.5 * scale)],
+                };
+                let scales = Fp8::E4M3Fn.values();
+                c[1] = std::array::from_fn(|i| {
+                    let [of_1, of_3] = minus(scales[8 + i % 8]);
+                    of_3.wrapping_sub(of_1)
+                });
+                // A normal scale's code is its bf16 less this, four bits lower.
+                c[2] = [NV_ONE - (bf16_bits(1.0) - (0x38 << 4)); 32];
+                c[3] = [0x78; 32];
+                c[4] = std::array::from_fn(|i| minus(scales[i % 8])[0]);
+                c[5] = std::array::from_fn(|i| minus(scales[i % 8])[1]);
+                c[6] = [1; 32];
+                c[7] = std::array::from_fn(|i| {
                     let value = F4E2M1x2::VALUES[i % 16];
                     let (bits, sign) = (bf16_bits(value.abs()), bf16_bits(value) & 0x8000);
                     // Bit 6 of the mantissa tells 1.5 from 1; it becomes bit 0, which no product needs.
@@ -122,16 +133,16 @@ impl TileCode {
                 // The exponent field of a normal code is its own below bits that are all ones.
                 let ones = 0x7F80 & !(0x7F80u16 >> (8 - exponent_bits));
                 let up = (ones >> 7) as i32 - (127 - bias);
-                c[0] = match self {
+                c[2] = match self {
                     TileCode::Mxfp8(_) => words((up + 127) as u32),
                     _ => [(up << 7) as u16; 32],
                 };
-                c[1] = [u16::from(0x7Fu8 >> mantissa_bits << mantissa_bits); 32];
-                c[2] = [7 - mantissa_bits as u16; 32];
-                c[3] = [ones; 32];
-                c[4] = [0x8000 | 0x7F << (7 - mantissa_bits); 32];
+                c[3] = [u16::from(0x7Fu8 >> mantissa_bits << mantissa_bits); 32];
+                c[4] = [7 - mantissa_bits as u16; 32];
+                c[5] = [ones; 32];
+                c[6] = [0x8000 | 0x7F << (7 - mantissa_bits); 32];
                 // Subnormals by the code turned left by one: mantissa above sign.
-                c[5] = std::array::from_fn(|i| {
+                c[7] = std::array::from_fn(|i| {
                     let value = format.values()[i >> 1 & ((1 << mantissa_bits) - 1)];
                     let bits = (i32::from(bf16_bits(value)) + (up << 7)) as u16;
                     if value == 0.0 { 0 } else { bits | (i as u16 & 1) << 15 }
@@ -160,8 +171,8 @@ macro_rules! e8m0_scales {
     };
 }
 
-/// The permutation looks at the low bits of each word, so nothing is masked. One of the three shifts is a shuffle of bytes: shifts
-/// and saturating subtractions of 512 bits share port 0, permutations have port 5.
+/// The permutation looks at the low bits of each word, so nothing is masked. Words are moved by multishifts, of port 5: port 0 has
+/// the subtractions and, by LLVM's model, half of each permutation.
 macro_rules! mxfp4_tile {
     ($out:literal) => {
         concat!(
@@ -169,9 +180,9 @@ macro_rules! mxfp4_tile {
             r"
             .irp line, 0, 1, 2, 3
             vmovdqu64 zmm17, zmmword ptr [rsi + 64 * \line]
-            vpsrlw zmm18, zmm17, 4
-            vpshufb zmm19, zmm17, zmm27
-            vpsrlw zmm20, zmm17, 12
+            vpmultishiftqb zmm18, zmm27, zmm17
+            vpmultishiftqb zmm19, zmm28, zmm17
+            vpmultishiftqb zmm20, zmm29, zmm17
             vpermw zmm17, zmm17, zmm31
             vpermw zmm18, zmm18, zmm31
             vpermw zmm19, zmm19, zmm31
@@ -198,28 +209,41 @@ macro_rules! mxfp4_tile {
     };
 }
 
-/// Per block of 16 k: zmm20 is to be subtracted where the element's mantissa is 1, zmm21 where it is 1.5; all ones for scale 0.
+/// What is to be subtracted where the element's mantissa is 1 and where it is 1.5: zmm20 and zmm21 in the first block of 16 k, zmm22
+/// and zmm23 in the second; all ones for scale 0. Both blocks' scales are prepared at once, in words. Normal ones are a subtraction
+/// away, the eight codes below come from tables.
 macro_rules! nvfp4_tile {
     ($out:literal) => {
         concat!(
             r"
-            .irp block, 0, 1
-            vpmovzxbw ymm16, xmmword ptr [rdi + 16 * \block]
-            vpsllw ymm16, ymm16, 7
-            vcvtph2ps zmm16, ymm16
-            vmulps zmm20, zmm16, zmm26
-            vmulps zmm21, zmm16, zmm27
-            vptestnmd k2, zmm16, zmm16
-            vpsrld zmm18, zmm20, 16
-            vpsrld zmm19, zmm21, 16
-            vpord zmm20, zmm20, zmm18
-            vpord zmm21, zmm21, zmm19
-            vpsubw zmm20, zmm28, zmm20
-            vpsubw zmm21, zmm29, zmm21
-            vpternlogd zmm20 {{k2}}, zmm20, zmm20, 255
-            vpternlogd zmm21 {{k2}}, zmm21, zmm21, 255
-            .irp line, 0, 1
-            vmovdqu64 zmm16, zmmword ptr [rsi + 128 * \block + 64 * \line]
+            vpermd ymm16, ymm24, ymmword ptr [rdi]
+            vpmovzxbw zmm16, ymm16
+            vptestnmw k2, zmm16, zmm27
+            vpsllw zmm17, zmm16, 4
+            vpsubw zmm17, zmm26, zmm17
+            vpermw zmm18, zmm16, zmm25
+            vpermw zmm17 {{k2}}, zmm16, zmm28
+            vpaddw zmm18, zmm17, zmm18
+            vpermw zmm18 {{k2}}, zmm16, zmm29
+            vpunpcklwd zmm20, zmm17, zmm17
+            vpunpcklwd zmm21, zmm18, zmm18
+            vpunpckhwd zmm22, zmm17, zmm17
+            vpunpckhwd zmm23, zmm18, zmm18
+            ",
+            $crate::cpu::tier::amx::codes::nvfp4_lines!($out, "0, 1", "zmm20", "zmm21"),
+            $crate::cpu::tier::amx::codes::nvfp4_lines!($out, "2, 3", "zmm22", "zmm23"),
+        )
+    };
+}
+
+/// The lines of a block.
+macro_rules! nvfp4_lines {
+    ($out:literal, $lines:literal, $of_1:literal, $of_3:literal) => {
+        concat!(
+            ".irp line, ",
+            $lines,
+            r"
+            vmovdqu64 zmm16, zmmword ptr [rsi + 64 * \line]
             .irp shift, 0, 4, 8, 12
             .if \shift
             vpsrlw zmm17, zmm16, \shift
@@ -228,12 +252,15 @@ macro_rules! nvfp4_tile {
             vpermw zmm17, zmm16, zmm31
             .endif
             vptestmw k1, zmm17, zmm30
-            vpblendmw zmm18 {{k1}}, zmm20, zmm21
+            vpblendmw zmm18 {{k1}}, ",
+            $of_1,
+            ", ",
+            $of_3,
+            r"
             vpsubusw zmm18, zmm17, zmm18
             vmovdqu64 zmmword ptr [r11 + ",
             $out,
-            r" + 512 * \block + 256 * \line + 16 * \shift], zmm18
-            .endr
+            r" + 256 * \line + 16 * \shift], zmm18
             .endr
             .endr
             "
@@ -275,4 +302,20 @@ macro_rules! mxfp8_tile {
     };
 }
 
-pub(super) use {e8m0_scales, fp8_lines, fp8_tile, mxfp4_tile, mxfp8_tile, nvfp4_tile};
+/// Constants at rsi to their registers.
+macro_rules! load_constants {
+    () => {
+        r"
+        vmovdqa64 zmm24, zmmword ptr [rsi]
+        vmovdqa64 zmm25, zmmword ptr [rsi + 64]
+        vmovdqa64 zmm26, zmmword ptr [rsi + 128]
+        vmovdqa64 zmm27, zmmword ptr [rsi + 192]
+        vmovdqa64 zmm28, zmmword ptr [rsi + 256]
+        vmovdqa64 zmm29, zmmword ptr [rsi + 320]
+        vmovdqa64 zmm30, zmmword ptr [rsi + 384]
+        vmovdqa64 zmm31, zmmword ptr [rsi + 448]
+        "
+    };
+}
+
+pub(super) use {e8m0_scales, fp8_lines, fp8_tile, load_constants, mxfp4_tile, mxfp8_tile, nvfp4_lines, nvfp4_tile};

@@ -3,7 +3,7 @@
 //! Memory's limit: panels are walked in step, each a stream of its own. A tile is stored and loaded again while the next is
 //! decoded; two buffers take turns, so that neither waits for the other's loads.
 
-use super::codes::{Coded, Constants, TileCode, fp8_tile, mxfp4_tile, mxfp8_tile, nvfp4_tile};
+use super::codes::{Coded, Constants, TileCode, fp8_tile, load_constants, mxfp4_tile, mxfp8_tile, nvfp4_tile};
 use super::config::TileConfig;
 use super::{Steps, TILE};
 use crate::cpu::isa::AmxToken;
@@ -155,7 +155,7 @@ macro_rules! few_rows {
         /// # Safety
         /// The CPU has what `AmxToken` proves; `args` describes readable and writable memory as [`FewRows::run`] makes it.
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
         unsafe fn $name(args: &mut Args) {
             // SAFETY: by this function's contract. The block names every register it changes, leaves the stack alone, configures the
             // tiles itself and releases them at its end; tiles are zeroed or loaded before they are read. Prefetches fault nowhere.
@@ -163,12 +163,7 @@ macro_rules! few_rows {
                 asm!(
                     "ldtilecfg [r13]",
                     "mov rsi, [r13 + 208]",
-                    "vmovdqa64 zmm26, zmmword ptr [rsi + 0]",
-                    "vmovdqa64 zmm27, zmmword ptr [rsi + 64]",
-                    "vmovdqa64 zmm28, zmmword ptr [rsi + 128]",
-                    "vmovdqa64 zmm29, zmmword ptr [rsi + 192]",
-                    "vmovdqa64 zmm30, zmmword ptr [rsi + 256]",
-                    "vmovdqa64 zmm31, zmmword ptr [rsi + 320]",
+                    load_constants!(),
                     "mov rax, [r13 + 64]",
                     "mov r8, [r13 + 88]",
                     "mov r14, [r13 + 104]",

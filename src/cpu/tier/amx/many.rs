@@ -1,6 +1,6 @@
 //! Many rows of x: some steps of two panels are decoded to tiles once, in the first-level cache, and meet all rows, 32 at a time.
 
-use super::codes::{Coded, Constants, TileCode, fp8_tile, mxfp4_tile, mxfp8_tile, nvfp4_tile};
+use super::codes::{Coded, Constants, TileCode, fp8_tile, load_constants, mxfp4_tile, mxfp8_tile, nvfp4_tile};
 use super::config::TileConfig;
 use super::{Steps, TILE};
 use crate::cpu::isa::AmxToken;
@@ -80,19 +80,14 @@ macro_rules! decode {
         /// # Safety
         /// The CPU has what `AmxToken` proves; `args` describes readable and writable memory as [`Decoded::run`] makes it.
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
         unsafe fn $name(args: &DecodeArgs) {
             // SAFETY: by this function's contract. The block names every register it changes and leaves the stack alone. Prefetches
             // fault nowhere.
             unsafe {
                 asm!(
                     "mov rsi, [r13 + 56]",
-                    "vmovdqa64 zmm26, zmmword ptr [rsi]",
-                    "vmovdqa64 zmm27, zmmword ptr [rsi + 64]",
-                    "vmovdqa64 zmm28, zmmword ptr [rsi + 128]",
-                    "vmovdqa64 zmm29, zmmword ptr [rsi + 192]",
-                    "vmovdqa64 zmm30, zmmword ptr [rsi + 256]",
-                    "vmovdqa64 zmm31, zmmword ptr [rsi + 320]",
+                    load_constants!(),
                     "mov rax, [r13]",
                     "mov r8, [r13 + 8]",
                     "mov r11, [r13 + 48]",
@@ -124,7 +119,7 @@ macro_rules! decode {
                     out("rax") _, out("rcx") _, out("rsi") _, out("rdi") _, out("r8") _, out("r11") _, out("r15") _,
                     out("k1") _, out("k2") _,
                     out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _, out("zmm20") _, out("zmm21") _,
-                    out("zmm26") _, out("zmm27") _, out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
+                    out("zmm22") _, out("zmm23") _, out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _, out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
                     options(nostack),
                 );
             }
@@ -487,7 +482,7 @@ macro_rules! many_rows {
         /// # Safety
         /// The CPU has what `AmxToken` proves; `args` describes readable and writable memory as [`ManyRows::run`] makes it.
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
         unsafe fn $name(args: &mut Args) {
             // SAFETY: by this function's contract. The block names every register it changes, leaves the stack alone, configures the
             // tiles itself and releases them at its end; tiles are loaded before they are read.
@@ -639,7 +634,7 @@ macro_rules! scaled_rows {
         /// # Safety
         /// The CPU has what `AmxToken` proves; `args` describes readable and writable memory as [`ManyRows::run`] makes it.
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
         unsafe fn $name(args: &mut Args) {
             // SAFETY: by this function's contract. The block names every register it changes, leaves the stack alone, configures the
             // tiles itself and releases them at its end; tiles are zeroed or loaded before they are read.
