@@ -305,7 +305,7 @@ fn every_scale_and_code() {
                     Some(format) if format.values()[i % 256].is_finite() => i as u8,
                     Some(_) => 0,
                     // A row's 32 codes are all of them twice.
-                    None => ((2 * i) % 16 | ((2 * i + 1) % 16) << 4) as u8,
+                    None => ((2 * i) % 16 + 16 * ((2 * i + 1) % 16)) as u8,
                 };
             }
             let of_row = w.scales.len() / n;

@@ -46,10 +46,33 @@ pub enum RealSliceMut<'a> {
 }
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for half::bf16 {}
-    impl Sealed for half::f16 {}
+    use half::{bf16, f16};
+
+    pub trait Sealed {
+        /// `from_f32` with one NaN.
+        fn rounded(x: f32) -> Self;
+    }
+    impl Sealed for f32 {
+        #[inline(always)]
+        fn rounded(x: f32) -> Self {
+            if x.is_nan() { f32::NAN } else { x }
+        }
+    }
+    impl Sealed for bf16 {
+        // bf16::from_f32 keeps a NaN's payload, which takes as many operations again.
+        #[inline(always)]
+        fn rounded(x: f32) -> Self {
+            let bits = x.to_bits();
+            let near = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+            if x.is_nan() { bf16::NAN } else { bf16::from_bits(near as u16) }
+        }
+    }
+    impl Sealed for f16 {
+        #[inline(always)]
+        fn rounded(x: f32) -> Self {
+            f16::from_f32(if x.is_nan() { f32::NAN } else { x })
+        }
+    }
 }
 
 macro_rules! real {
@@ -81,7 +104,7 @@ real!(f16, F16, "f16", f16::to_f32, f16::from_f32);
 /// operands.
 #[inline(always)]
 pub(crate) fn rounded<T: Real>(x: f32) -> T {
-    T::from_f32(if x.is_nan() { f32::NAN } else { x })
+    <T as sealed::Sealed>::rounded(x)
 }
 
 /// Codes of `format` to values. Every FP8 value is exact in f32, bf16 and f16.
@@ -160,4 +183,24 @@ pub fn bf16_from_f64(x: f64) -> bf16 {
         f32::from_bits(y.to_bits() - 1)
     };
     bf16::from_f32(odd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All bf16, and what lies around the middle between each and the next.
+    #[test]
+    fn rounded_is_from_f32_with_one_nan() {
+        for high in 0..=u16::MAX {
+            for low in [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
+                let x = f32::from_bits(u32::from(high) << 16 | low);
+                let (b, h, f) = (rounded::<bf16>(x), rounded::<f16>(x), rounded::<f32>(x));
+                let want = if x.is_nan() { f32::NAN } else { x };
+                assert_eq!(b.to_bits(), bf16::from_f32(want).to_bits(), "{x:e} as bf16");
+                assert_eq!(h.to_bits(), f16::from_f32(want).to_bits(), "{x:e} as f16");
+                assert_eq!(f.to_bits(), want.to_bits(), "{x:e}");
+            }
+        }
+    }
 }
