@@ -48,7 +48,7 @@ impl Kernel for Rows<'_> {
 fn rows<S: Simd, const FLUSH: bool>(s: S, dot: PanelDot<'_>, acc: &mut [[f32; LANES]]) {
     // As many rows at once as there are registers for two chains each.
     let mut at = 0;
-    while const { S::CHAINS >= 8 && !FLUSH } && acc.len() - at >= 4 {
+    while const { S::REGISTERS.chains >= 8 && !FLUSH } && acc.len() - at >= 4 {
         steps::<S, 4, FLUSH>(s, dot, at, &mut acc[at..]);
         at += 4;
     }

@@ -1,4 +1,5 @@
 //! Every environment variable the crate's CPU path reads and every constant its loops are tuned by: type, default, reason.
+//! One constant is a literal in assembly: `tier/amx/many.rs` asks for x two steps, 2 KiB, ahead of the products, which take 128 cycles.
 #![forbid(unsafe_code)]
 
 use super::isa::Caches;
@@ -107,6 +108,53 @@ impl Default for Blocking {
         Blocking::of(Caches::detect())
     }
 }
+
+/// What of a matmul a tier holds in registers. Fixed when the crate is compiled: loops are unrolled by it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Registers {
+    /// Rows and panels of the prefill kernel's block of sums.
+    pub(crate) block: (usize, usize),
+    /// Most rows the decode kernel takes; 0 where it does not pay.
+    pub(crate) decode_rows: usize,
+    /// Panels the decode kernel takes side by side with 1 to 8 rows.
+    pub(crate) decode_panels: [usize; 8],
+    /// Sums that fit beside what they are made of.
+    pub(crate) chains: usize,
+}
+
+/// Plain Rust: so little that a compiler keeps it in any CPU's registers; decoding for few rows costs as much as for many.
+pub(crate) const PORTABLE: Registers = Registers { block: (2, 1), decode_rows: 0, decode_panels: [1; 8], chains: 1 };
+
+/// A panel's sums of a row are two chains of two registers each: of 16 registers a block takes 12 sums of 6 rows, 2 of weights and one
+/// of x. Decoding leaves room for one panel with more than one row; beyond 4 rows FMAs alone cost more than memory.
+pub(crate) const AVX2: Registers =
+    Registers { block: (6, 1), decode_rows: 4, decode_panels: [2, 1, 1, 1, 1, 1, 1, 1], chains: 4 };
+
+/// Of 32 registers a block takes 24 sums, 3 of weights and one of x. Decoding has 16 sums, as many as cover the latency of FMA twice;
+/// values, x, the table and the sums of steps have the other half. Up to 16 rows decode again what was decoded for the first 8.
+pub(crate) const AVX512: Registers =
+    Registers { block: (8, 3), decode_rows: 16, decode_panels: [4, 2, 2, 2, 2, 2, 2, 2], chains: 16 };
+
+/// Most rows that the decode kernel multiplies while their sums are in registers: with two chains and a panel they are 16.
+pub(crate) const DECODE_ROWS_AT_ONCE: usize = 8;
+
+/// Rows that the epilogue finishes in step: a panel's sums of 8 rows are 512 consecutive bytes, and 8 rows of y are written from left to
+/// right, which hardware prefetchers still follow.
+pub(crate) const EPILOGUE_ROWS: usize = 8;
+
+/// Most blocks of rows in a batch of a mixture of experts: they are listed on the stack, and 64 give enough tasks for 64 threads.
+pub(crate) const BATCH_BLOCKS: usize = 64;
+
+/// Bytes of a source row between what is packed and what is prefetched: 16 rows are read in step, 16 KiB are in flight.
+pub(crate) const PACK_AHEAD: usize = 1024;
+
+/// AMX, up to 16 rows: runs between f32 scales in one call for a whole tile of rows, more for less. 8 runs of 4 panels are 32 KiB of sums,
+/// which the first-level cache (48 KiB) holds beside the tiles until they are scaled and added.
+pub(crate) const TILE_RUNS: usize = 8;
+
+/// AMX, many rows: blocks of 32 rows up to which twice [`Blocking::tile_steps`] are decoded at a time: decoded weights are then used so
+/// seldom that to begin costs more than to read them from L2.
+pub(crate) const FEW_BLOCKS: usize = 4;
 
 /// Bounds of what scratch memory is multiplied by.
 const MAX_STREAMS: usize = 64;

@@ -1,6 +1,8 @@
 //! What algorithms need of a machine: sixteen f32 lanes, and the decoding of codes into them.
 #![forbid(unsafe_code)]
 
+use super::knobs::Registers;
+
 /// Columns of a panel: outputs computed side by side, each in a lane of its own.
 pub(crate) const LANES: usize = 16;
 
@@ -42,14 +44,8 @@ pub(crate) trait Simd: Copy {
     /// Sixteen u32.
     type W: Copy;
 
-    /// Rows and panels of the prefill kernel's register block.
-    const BLOCK: (usize, usize);
-    /// Most rows the decode kernel takes; 0 where it does not pay.
-    const DECODE_ROWS: usize;
-    /// Panels the decode kernel takes side by side with 1 to 8 rows.
-    const DECODE_PANELS: [usize; 8];
-    /// Sums that fit the registers beside what they are made of.
-    const CHAINS: usize;
+    /// What of a matmul it holds in registers.
+    const REGISTERS: Registers;
     /// Power of two that values of [`Simd::fp4`] are multiplied by: at most [`FP4_HEADROOM`].
     const FP4_POWER: i32;
 

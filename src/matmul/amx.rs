@@ -7,6 +7,7 @@ use super::operand::Activations;
 use super::packed::Facts;
 use super::tiles::{AddScaled, Tiles};
 use crate::cpu::amx::{Coded, Decoded, FewRows, ManyRows, PANELS, Scaled, Steps, TILE, TileCode};
+use crate::cpu::knobs::{FEW_BLOCKS, TILE_RUNS};
 use crate::cpu::{AmxToken, Blocking, Kernel, LANES, LINE, Range, STEP, Simd, Tier, flush_free};
 use crate::quant::Scheme;
 use bytemuck::{cast_slice, cast_slice_mut};
@@ -20,11 +21,6 @@ pub(super) const BLOCK_ROWS: usize = 2 * TILE_ROWS;
 pub(super) const BLOCK_PANELS: usize = 2;
 /// Panels walked in step by few rows.
 pub(super) const FEW_PANELS: usize = PANELS;
-/// Runs between f32 scales of one call for a whole tile of rows, more for less: their sums then stay in the first-level cache.
-const RUNS: usize = 8;
-/// Blocks of rows up to which twice the steps are decoded at a time: decoded weights are used so seldom that to begin costs more
-/// than to read them from L2.
-const FEW_BLOCKS: usize = 4;
 /// Lines of a tile of x that one pair of panels asks for are this far apart: so many pairs ask for all.
 const LINES_APART: usize = TILE_ROWS / 2;
 /// f32 in a tile.
@@ -201,7 +197,7 @@ pub(super) fn pitch(steps: usize) -> usize {
 
 /// f32 of scratch that a task of so many rows needs.
 pub(super) fn scratch(blocking: &Blocking, tile: Option<usize>, layout: &PackedLayout, rows: usize) -> usize {
-    let parts = if tile.is_some() { RUNS * PANELS * TILE_ROWS * LANES } else { 0 };
+    let parts = if tile.is_some() { TILE_RUNS * PANELS * TILE_ROWS * LANES } else { 0 };
     let few = 2 * PANELS * TILE_FLOATS + parts;
     if rows <= TILE_ROWS {
         return few;
@@ -244,7 +240,7 @@ impl Amx<'_> {
         let sums = &mut self.sums[panel * rows..(panel + panels) * rows];
         let part = part.as_chunks_mut().0;
         let run = run(self.tiles.map(|t| t.k), groups);
-        let runs = RUNS * TILE_ROWS / rows;
+        let runs = TILE_RUNS * TILE_ROWS / rows;
         let mut first = 0;
         while first < groups {
             let count = if self.tiles.is_some() { run * runs } else { groups }.min(groups - first);

@@ -7,11 +7,9 @@ use super::epilogue::{Finish, MatmulOptions, RowEpilogue, Target};
 use super::layout::PackedLayout;
 use super::operand::{Activations, Output};
 use super::packed::PackedMatrix;
+use crate::cpu::knobs::BATCH_BLOCKS;
 use crate::cpu::{Blocking, Cpu, Scratch, for_each, for_each_zip};
 use crate::error::{Result, length};
-
-/// Most blocks in a batch: they are listed on the stack.
-const BLOCKS: usize = 64;
 
 /// All that a call says; extents were checked.
 #[derive(Clone, Copy)]
@@ -62,7 +60,7 @@ impl Size {
             };
             let memory = more.tasks.saturating_mul(more.task_sums + more.task_scratch);
             let fits = more.rows <= blocking.rows && memory <= blocking.scratch;
-            if size.blocks > 0 && (more.blocks > BLOCKS || !fits) {
+            if size.blocks > 0 && (more.blocks > BATCH_BLOCKS || !fits) {
                 break;
             }
             size = more;
@@ -143,7 +141,7 @@ impl<'a> Call<'a> {
         let (sums, scratch) = scratch.split_at_mut(size.tasks * size.task_sums);
         let scratch = &mut scratch[..size.tasks * size.task_scratch];
 
-        let mut blocks = [const { None }; BLOCKS];
+        let mut blocks = [const { None }; BATCH_BLOCKS];
         let blocks = &mut blocks[..size.blocks];
         let mut task = 0;
         for (block, Piece { expert, first, count, plan }) in blocks.iter_mut().zip(pieces) {

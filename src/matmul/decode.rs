@@ -6,6 +6,7 @@
 use super::coding::Coding;
 use super::layout::{GROUP, PackedLayout};
 use super::tiles::Tiles;
+use crate::cpu::knobs::DECODE_ROWS_AT_ONCE;
 use crate::cpu::{Kernel, LANES, LINE, STEP, Simd};
 
 /// Sums of rows of x with consecutive panels.
@@ -91,22 +92,21 @@ struct Piece<'a, C> {
     ahead: usize,
 }
 
-/// Most rows that are multiplied while their sums are in registers.
-const ROWS: usize = 8;
-
 impl<C: Coding> Piece<'_, C> {
     /// `sums[p][r] += x[r] . panel (panel + p)`.
     #[inline(always)]
     fn run<S: Simd>(self, s: S, panel: usize, sums: &mut [[f32; LANES]]) {
         // Groups of rows as equal as can be: their number is how often codes are decoded.
-        let most = const { if S::DECODE_ROWS < ROWS { S::DECODE_ROWS } else { ROWS } };
+        let most = const {
+            if S::REGISTERS.decode_rows < DECODE_ROWS_AT_ONCE { S::REGISTERS.decode_rows } else { DECODE_ROWS_AT_ONCE }
+        };
         let group = self.rows.div_ceil(self.rows.div_ceil(most));
         for row in (0..self.rows).step_by(group) {
             // Inline constants: what a tier does not take is not compiled for it.
             macro_rules! rows {
                 ($($r:literal)*) => {
                     match group.min(self.rows - row) {
-                        $($r => if const { $r <= S::DECODE_ROWS } { self.panels::<S, $r>(s, panel, row, sums) },)*
+                        $($r => if const { $r <= S::REGISTERS.decode_rows } { self.panels::<S, $r>(s, panel, row, sums) },)*
                         more => debug_assert!(false, "{more} rows"),
                     }
                 };
@@ -119,11 +119,11 @@ impl<C: Coding> Piece<'_, C> {
     fn panels<S: Simd, const R: usize>(self, s: S, panel: usize, row: usize, sums: &mut [[f32; LANES]]) {
         let panels = sums.len() / self.rows;
         let mut p = 0;
-        while const { S::DECODE_PANELS[R - 1] >= 4 && C::PANELS >= 4 } && panels - p >= 4 {
+        while const { S::REGISTERS.decode_panels[R - 1] >= 4 && C::PANELS >= 4 } && panels - p >= 4 {
             self.steps::<S, R, 4>(s, panel + p, row, &mut sums[p * self.rows..]);
             p += 4;
         }
-        while const { S::DECODE_PANELS[R - 1] >= 2 } && panels - p >= 2 {
+        while const { S::REGISTERS.decode_panels[R - 1] >= 2 } && panels - p >= 2 {
             self.steps::<S, R, 2>(s, panel + p, row, &mut sums[p * self.rows..]);
             p += 2;
         }
@@ -172,7 +172,7 @@ impl<C: Coding> Piece<'_, C> {
                 (rows[r], x[r]) = (&now[0], after);
             }
             // Even and odd k together if there are registers for both.
-            let [even, odd] = if const { 2 * R * P <= S::CHAINS } {
+            let [even, odd] = if const { 2 * R * P <= S::REGISTERS.chains } {
                 chains::<S, C, R, P, 0, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next)
             } else {
                 let [even, _] = chains::<S, C, R, P, 0, 1>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);

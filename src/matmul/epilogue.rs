@@ -3,6 +3,7 @@
 
 use super::operand::Output;
 use super::packed::Outer;
+use crate::cpu::knobs::EPILOGUE_ROWS;
 use crate::cpu::{Handout, Kernel, LANES, Simd, Tier};
 use crate::num::{Real, math, rounded};
 use crate::view::MatMut;
@@ -151,17 +152,14 @@ impl<T: Real, F: Fn(usize) -> (usize, f32)> Kernel for FinishAs<'_, T, F> {
     }
 }
 
-/// Rows finished in step: a panel's sums of them are consecutive lines, and each row of y is written from left to right.
-const ROWS: usize = 8;
-
 impl<T: Real, F: Fn(usize) -> (usize, f32)> FinishAs<'_, T, F> {
     #[inline(always)]
     fn finish(self, activation: impl Fn(f32) -> f32) {
         let FinishAs { finish: Finish { epilogue, first_panel, sums, outer }, y, rows, row } = self;
         let RowEpilogue { alpha, accumulate, bias, .. } = epilogue;
         let panels = first_panel..first_panel + sums.len() / rows;
-        for first in (0..rows).step_by(ROWS) {
-            let mut block = [const { None }; ROWS];
+        for first in (0..rows).step_by(EPILOGUE_ROWS) {
+            let mut block = [const { None }; EPILOGUE_ROWS];
             for (i, taken) in block.iter_mut().enumerate().take(rows - first) {
                 let (row, of_row) = row(first + i);
                 *taken = y.take(row, panels.clone()).map(|y| (y, of_row));

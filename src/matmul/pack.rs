@@ -4,6 +4,7 @@
 use super::facts::Seen;
 use super::layout::{GROUP, PackedLayout};
 use super::packed::{Bytes, Facts, Outer, PackedMatrix};
+use crate::cpu::knobs::PACK_AHEAD;
 use crate::cpu::{Cpu, Kernel, LANES, LINE, Lines, STEP, Simd, for_each_zip};
 use crate::error::{Error, Result};
 use crate::quant::{QuantizedMatrix, Scheme};
@@ -58,9 +59,6 @@ fn outer(w: &QuantizedMatrix<'_>) -> Outer {
         _ => Outer::Tensor(at(0, 0)),
     }
 }
-
-/// Bytes of a source row between what is packed and what is prefetched.
-const AHEAD: usize = 1024;
 
 /// Packs consecutive panels.
 struct Pack<'a> {
@@ -119,8 +117,8 @@ impl<'a> Rows<'a> {
     #[inline(always)]
     fn ahead(&self, l: usize, at: usize) -> *const u8 {
         let row = self.codes[l];
-        let next = if at + AHEAD < row.len() { 0 } else { (LANES - 1) * row.len() };
-        row.as_ptr().wrapping_add(next.wrapping_add(at + AHEAD))
+        let next = if at + PACK_AHEAD < row.len() { 0 } else { (LANES - 1) * row.len() };
+        row.as_ptr().wrapping_add(next.wrapping_add(at + PACK_AHEAD))
     }
 
     /// As [`Rows::codes`], for any order and at the end of a row, zeros past n and k.

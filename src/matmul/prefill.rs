@@ -181,7 +181,7 @@ impl Kernel for Multiply<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         // Inline constants: what a tier does not take is not compiled for it.
-        if const { S::BLOCK.1 >= 3 } {
+        if const { S::REGISTERS.block.1 >= 3 } {
             match self.panels {
                 3 => return self.panels::<S, 3>(s),
                 2 => return self.panels::<S, 2>(s),
@@ -201,15 +201,15 @@ impl Multiply<'_> {
     #[inline(always)]
     fn all_rows<S: Simd, const P: usize, const FLUSH: bool>(&mut self, s: S) {
         let mut r = 0;
-        while const { S::BLOCK.0 == 8 && !FLUSH } && self.rows - r >= 8 {
+        while const { S::REGISTERS.block.0 == 8 && !FLUSH } && self.rows - r >= 8 {
             self.registers::<S, 8, P, FLUSH>(s, r);
             r += 8;
         }
-        while const { S::BLOCK.0 == 6 && !FLUSH } && self.rows - r >= 6 {
+        while const { S::REGISTERS.block.0 == 6 && !FLUSH } && self.rows - r >= 6 {
             self.registers::<S, 6, P, FLUSH>(s, r);
             r += 6;
         }
-        while const { S::BLOCK.0 >= 4 && !FLUSH } && self.rows - r >= 4 {
+        while const { S::REGISTERS.block.0 >= 4 && !FLUSH } && self.rows - r >= 4 {
             self.registers::<S, 4, P, FLUSH>(s, r);
             r += 4;
         }

@@ -3,6 +3,7 @@
 
 use super::Kernel;
 use crate::cpu::isa::Avx2Token;
+use crate::cpu::knobs::{self, Registers};
 use crate::cpu::simd::{Fp8Bits, LANES, LINE, Simd};
 use std::arch::x86_64::*;
 
@@ -28,12 +29,7 @@ impl Simd for Avx2 {
     type V = [__m256; 2];
     type W = [__m256i; 2];
 
-    // 12 chains, 2 registers of weights, one of x: 15 of 16.
-    const BLOCK: (usize, usize) = (6, 1);
-    const DECODE_ROWS: usize = 4;
-    const DECODE_PANELS: [usize; 8] = [2, 1, 1, 1, 1, 1, 1, 1];
-    // Two registers each.
-    const CHAINS: usize = 4;
+    const REGISTERS: Registers = knobs::AVX2;
     // Codes become bytes of twice their value, and those the highest bytes of integers.
     const FP4_POWER: i32 = 25;
 

@@ -3,6 +3,7 @@
 
 use super::Kernel;
 use crate::cpu::isa::Avx512Token;
+use crate::cpu::knobs::{self, Registers};
 use crate::cpu::simd::{Fp8Bits, LANES, LINE, Simd};
 use std::arch::x86_64::*;
 
@@ -28,12 +29,7 @@ impl Simd for Avx512 {
     type V = __m512;
     type W = __m512i;
 
-    // 24 chains, 3 registers of weights, one of x: 28 of 32.
-    const BLOCK: (usize, usize) = (8, 3);
-    const DECODE_ROWS: usize = 16;
-    const DECODE_PANELS: [usize; 8] = [4, 2, 2, 2, 2, 2, 2, 2];
-    // As many as cover the latency of FMA twice; values, x, the table and the sums of steps have the other half.
-    const CHAINS: usize = 16;
+    const REGISTERS: Registers = knobs::AVX512;
     const FP4_POWER: i32 = 0;
 
     #[inline(always)]

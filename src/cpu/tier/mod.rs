@@ -91,7 +91,7 @@ impl Tier {
     /// Rows and panels of the prefill kernel's register block, and rows of the decode kernel.
     pub(crate) fn block(self) -> ((usize, usize), usize) {
         fn of<S: Simd>() -> ((usize, usize), usize) {
-            (S::BLOCK, S::DECODE_ROWS)
+            (S::REGISTERS.block, S::REGISTERS.decode_rows)
         }
         match self {
             #[cfg(target_arch = "x86_64")]

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::cpu::flush;
+use crate::cpu::knobs::{self, Registers};
 use crate::cpu::simd::{Fp8Bits, LANES, LINE, Simd};
 use crate::num::{E8M0, F4E2M1x2, F8E4M3Fn};
 
@@ -23,10 +24,7 @@ impl Simd for Portable {
     type V = [f32; LANES];
     type W = [u32; LANES];
 
-    const BLOCK: (usize, usize) = (2, 1);
-    const DECODE_ROWS: usize = 0;
-    const DECODE_PANELS: [usize; 8] = [1; 8];
-    const CHAINS: usize = 1;
+    const REGISTERS: Registers = knobs::PORTABLE;
     const FP4_POWER: i32 = 0;
 
     #[inline(always)]
