@@ -113,6 +113,10 @@ fn a_table_a_record_and_a_roofline() {
     for label in ["GFLOP/s", "FLOP for each byte of weights", "mxfp4"] {
         assert!(texts.iter().any(|t| t.trim() == label), "{label}: {texts:?}");
     }
+    // A longer file of that name is replaced whole.
+    std::fs::write(&svg, "x".repeat(1 << 20)).unwrap();
+    printed(&[&TINY[..], &["--svg", svg.to_str().unwrap()]].concat());
+    roxmltree::Document::parse(&std::fs::read_to_string(&svg).unwrap()).unwrap();
 }
 
 #[test]

@@ -23,6 +23,7 @@ use candle_core::quantized::GgmlDType;
 use case::{Acts, Cold, Dense, Shape, Values, Weights};
 use child::ChildPeer;
 use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
 use peer::{CandleBf16, CandleQuantized, GemmF32, Operands, Ours, Peer};
 use rayon::ThreadPool;
 use sample::{Contender, Limits, Sampling, measure};
@@ -95,14 +96,19 @@ fn main() -> Result<(), String> {
     write(COLUMNS)?;
     let budget = Duration::from_secs(3);
     let wanted = |scheme: &str| args.schemes.is_empty() || args.schemes.iter().any(|s| s == scheme);
-    for (scheme, what) in COMPARISONS.into_iter().filter(|(scheme, _)| wanted(scheme)) {
-        println!("-- {what}");
+    let comparisons: Vec<_> = COMPARISONS.into_iter().filter(|(scheme, _)| wanted(scheme)).collect();
+    let bar = ProgressBar::new((comparisons.len() * args.shapes.len() * args.m.len()) as u64);
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}").map_err(|e| e.to_string())?;
+    bar.set_style(style);
+    for (scheme, what) in comparisons {
+        bar.suspend(|| println!("-- {what}"));
         for &shape in &args.shapes {
             let weights = Weights::random(case::scheme(scheme)?, shape, 3);
             let mut w = vec![0.0; shape.n * shape.k];
             weights.view().and_then(|view| view.dequantize_f32(&mut w)).map_err(|e| e.to_string())?;
             let cold = Cold::new(&cpu, weights, case::cold_bytes())?;
             for &m in &args.m {
+                bar.set_message(format!("{scheme} {shape} m = {m}"));
                 let on = Operands { shape, m, x: peer::activations(m, shape.k), w: w.clone() };
                 let exact = on.first_row();
                 let mut peers = contestants(&pool, cpu, &cold, &on)?;
@@ -134,12 +140,14 @@ fn main() -> Result<(), String> {
                         None => "-".into(),
                     };
                     let row = Row { scheme: scheme.into(), acts: Acts::Bf16, m, shape, experts: None, peak, outcome };
-                    println!("{}  {error:>9}", table::line(&row, true));
+                    bar.suspend(|| println!("{}  {error:>9}", table::line(&row, true)));
                     write(&table::record(&row, &origin))?;
                 }
+                bar.inc(1);
             }
         }
     }
+    bar.finish_and_clear();
     Ok(())
 }
 

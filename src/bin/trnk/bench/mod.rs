@@ -254,17 +254,15 @@ fn matmul(args: &Matmul) -> Result<(), Failure> {
     let (cpu, origin) = args.run.cpu(&pool)?;
     // Files are opened first: a run of minutes must not end at a path that cannot be written.
     let mut csv = args.out.as_deref().map(|path| record(path, &origin)).transpose()?;
-    let mut svg = args.svg.as_deref().map(create).transpose()?;
+    // What a picture of that name holds stays until there is another.
+    let mut svg = args.svg.as_deref().map(|path| open(path, true)).transpose()?;
 
     let read = StreamRead::new(&pool).map_err(Failure::refused)?;
     let mut limits = Limits { pool: &pool, read };
     say(&pool.install(|| preamble(&mut limits, &origin)));
     say(&table::header(false));
     let cells = groups.iter().map(|group| group.m.len() * args.acts.len()).sum::<usize>();
-    let bar = ProgressBar::new(cells as u64);
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}") {
-        bar.set_style(style);
-    }
+    let bar = progress(cells);
     let sampling = args.run.sampling(Duration::from_millis(if args.full { 1500 } else { 400 }));
     let mut rows = vec![];
     for group in &groups {
@@ -292,7 +290,19 @@ fn matmul(args: &Matmul) -> Result<(), Failure> {
     }
     bar.finish_and_clear();
     say(&summary(&rows));
-    svg.as_mut().map_or(Ok(()), |svg| write(svg, &roofline::svg(&rows, &origin)?))
+    let Some(svg) = &mut svg else { return Ok(()) };
+    let picture = roofline::svg(&rows, &origin)?;
+    svg.1.set_len(0).map_err(|e| Failure::refused(format!("{}: {e}", svg.0.display())))?;
+    write(svg, &picture)
+}
+
+/// A bar on standard error, where that is a terminal.
+fn progress(cases: usize) -> ProgressBar {
+    let bar = ProgressBar::new(cases as u64);
+    match ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}") {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
 }
 
 /// Packed weights of a group.
@@ -378,16 +388,13 @@ fn summary(rows: &[Row]) -> String {
 /// The file that `--out` means, its first line written: a new one, or in a folder the day's, which may hold earlier runs.
 fn record(given: &Path, origin: &Origin) -> Result<Sink, Failure> {
     if !given.is_dir() {
-        let mut sink = create(given)?;
+        let mut sink = open(given, false)?;
         return write(&mut sink, &format!("{COLUMNS}\n")).map(|()| sink);
     }
     let path = given.join(machine::slug(&origin.cpu)).join(format!("{}.csv", origin.date));
-    let refused = |e: std::io::Error| Failure::refused(format!("{}: {e}", path.display()));
-    path.parent().map_or(Ok(()), std::fs::create_dir_all).map_err(refused)?;
-    let file = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(refused)?;
-    let new = file.metadata().map_err(refused)?.len() == 0;
-    let mut sink = Sink(path, file);
-    if new {
+    let mut sink = open(&path, true)?;
+    let length = sink.1.metadata().map_err(|e| Failure::refused(format!("{}: {e}", path.display())))?.len();
+    if length == 0 {
         write(&mut sink, &format!("{COLUMNS}\n"))?;
     }
     Ok(sink)
@@ -396,12 +403,15 @@ fn record(given: &Path, origin: &Origin) -> Result<Sink, Failure> {
 /// A file to write later, and its path for messages.
 struct Sink(PathBuf, std::fs::File);
 
-fn create(path: &Path) -> Result<Sink, Failure> {
+/// The file, in a folder that is made if need be; what it holds is kept or not.
+fn open(path: &Path, keep: bool) -> Result<Sink, Failure> {
     let refused = |e: std::io::Error| Failure::refused(format!("{}: {e}", path.display()));
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         std::fs::create_dir_all(folder).map_err(refused)?;
     }
-    Ok(Sink(path.to_owned(), std::fs::File::create(path).map_err(refused)?))
+    let mut options = std::fs::OpenOptions::new();
+    let options = if keep { options.append(true) } else { options.write(true).truncate(true) };
+    Ok(Sink(path.to_owned(), options.create(true).open(path).map_err(refused)?))
 }
 
 fn write(Sink(path, file): &mut Sink, text: &str) -> Result<(), Failure> {

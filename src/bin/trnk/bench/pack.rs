@@ -62,10 +62,15 @@ pub(super) fn run(args: &Pack) -> Result<(), Failure> {
         "scheme", "n x k", "time", "GB/s", "of read", "copy", "of copy", "larger", "calls"
     ));
     let sampling = args.run.sampling(Duration::from_millis(400));
+    let bar = super::progress(cases.len());
     for (scheme, shape) in cases {
+        bar.set_message(format!("{} {shape}", case::scheme_name(scheme)));
         let line = pool.install(|| line(&cpu, &mut limits, scheme, shape, cold, sampling));
-        say(&line.map_err(Failure::refused)?);
+        let line = line.map_err(Failure::refused)?;
+        bar.suspend(|| say(&line));
+        bar.inc(1);
     }
+    bar.finish_and_clear();
     Ok(())
 }
 
