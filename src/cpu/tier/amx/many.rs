@@ -119,7 +119,8 @@ macro_rules! decode {
                     out("rax") _, out("rcx") _, out("rsi") _, out("rdi") _, out("r8") _, out("r11") _, out("r15") _,
                     out("k1") _, out("k2") _,
                     out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _, out("zmm20") _, out("zmm21") _,
-                    out("zmm22") _, out("zmm23") _, out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _, out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
+                    out("zmm22") _, out("zmm23") _, out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _,
+                    out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
                     options(nostack),
                 );
             }
