@@ -130,23 +130,28 @@ impl TileCode {
             TileCode::Fp8(format) | TileCode::Mxfp8(format) => {
                 let (exponent_bits, bias) = (format.format().exponent_bits(), format.format().bias());
                 let mantissa_bits = 7 - exponent_bits;
-                // The exponent field of a normal code is its own below bits that are all ones.
-                let ones = 0x7F80 & !(0x7F80u16 >> (8 - exponent_bits));
-                let up = (ones >> 7) as i32 - (127 - bias);
-                c[2] = match self {
-                    TileCode::Mxfp8(_) => words((up + 127) as u32),
-                    _ => [(up << 7) as u16; 32],
-                };
+                let shift = 7 - mantissa_bits;
                 c[3] = [u16::from(0x7Fu8 >> mantissa_bits << mantissa_bits); 32];
-                c[4] = [7 - mantissa_bits as u16; 32];
-                c[5] = [ones; 32];
-                c[6] = [0x8000 | 0x7F << (7 - mantissa_bits); 32];
-                // Subnormals by the code turned left by one: mantissa above sign.
-                c[7] = std::array::from_fn(|i| {
-                    let value = format.values()[i >> 1 & ((1 << mantissa_bits) - 1)];
-                    let bits = (i32::from(bf16_bits(value)) + (up << 7)) as u16;
-                    if value == 0.0 { 0 } else { bits | (i as u16 & 1) << 15 }
-                });
+                c[4] = [shift as u16; 32];
+                c[6] = [0x8000 | 0x7F << shift; 32];
+                // A subnormal code's mantissa is its value's place in these tables.
+                let value = |mantissa: usize| format.values()[mantissa % (1 << mantissa_bits)];
+                if let TileCode::Fp8(_) = self {
+                    // What is added to a code in its place: to a normal one the difference of biases, to others what makes them bf16.
+                    c[2] = [((127 - bias) << 7) as u16; 32];
+                    c[7] = std::array::from_fn(|i| bf16_bits(value(i)).wrapping_sub((i << shift) as u16));
+                } else {
+                    // The exponent field of a normal code is its own below bits that are all ones.
+                    let ones = 0x7F80 & !(0x7F80u16 >> (8 - exponent_bits));
+                    let up = (ones >> 7) as i32 - (127 - bias);
+                    c[2] = words((up + 127) as u32);
+                    c[5] = [ones; 32];
+                    // By the code turned left by one: mantissa above sign.
+                    c[7] = std::array::from_fn(|i| {
+                        let bits = (i32::from(bf16_bits(value(i >> 1))) + (up << 7)) as u16;
+                        if value(i >> 1) == 0.0 { 0 } else { bits | (i as u16 & 1) << 15 }
+                    });
+                }
             }
         }
         Constants(c)
@@ -268,10 +273,34 @@ macro_rules! nvfp4_lines {
     };
 }
 
-/// Eight lines of FP8 codes; zmm16 is to be subtracted.
-macro_rules! fp8_lines {
+/// Sign and code shifted to where bf16 has them, and the difference of biases added; of subnormal codes, what a table has for them. The sign
+/// of a zero stays.
+macro_rules! fp8_tile {
     ($out:literal) => {
         concat!(
+            r"
+            .irp row, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+            vpmovsxbw zmm17, ymmword ptr [rsi + 32 * \row]
+            vptestnmw k1, zmm17, zmm27
+            vpsllvw zmm18, zmm17, zmm28
+            vmovdqa64 zmm19, zmm26
+            vpermw zmm19 {{k1}}, zmm17, zmm31
+            vpandd zmm18, zmm18, zmm30
+            vpaddw zmm18, zmm18, zmm19
+            vmovdqu64 zmmword ptr [r11 + ",
+            $out,
+            r" + 64 * \row], zmm18
+            .endr
+            "
+        )
+    };
+}
+
+/// With scales: what they subtract must leave zeros alone, so those have no sign. Subnormal codes come from a table by mantissa and sign.
+macro_rules! mxfp8_tile {
+    ($out:literal) => {
+        concat!(
+            $crate::cpu::tier::amx::codes::e8m0_scales!(),
             r"
             .irp row, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
             vpmovsxbw zmm17, ymmword ptr [rsi + 32 * \row]
@@ -287,18 +316,6 @@ macro_rules! fp8_lines {
             .endr
             "
         )
-    };
-}
-
-macro_rules! fp8_tile {
-    ($out:literal) => {
-        concat!("vmovdqa64 zmm16, zmm26\n", $crate::cpu::tier::amx::codes::fp8_lines!($out))
-    };
-}
-
-macro_rules! mxfp8_tile {
-    ($out:literal) => {
-        concat!($crate::cpu::tier::amx::codes::e8m0_scales!(), $crate::cpu::tier::amx::codes::fp8_lines!($out))
     };
 }
 
@@ -318,4 +335,4 @@ macro_rules! load_constants {
     };
 }
 
-pub(super) use {e8m0_scales, fp8_lines, fp8_tile, load_constants, mxfp4_tile, mxfp8_tile, nvfp4_lines, nvfp4_tile};
+pub(super) use {e8m0_scales, fp8_tile, load_constants, mxfp4_tile, mxfp8_tile, nvfp4_lines, nvfp4_tile};
