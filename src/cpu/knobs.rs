@@ -1,5 +1,6 @@
-//! Every environment variable the crate's CPU path reads and every constant its loops are tuned by: type, default, reason.
-//! One constant is a literal in assembly: `tier/amx/many.rs` asks for x two steps, 2 KiB, ahead of the products, which take 128 cycles.
+//! Every environment variable the crate's CPU path reads and every constant that matmul's loops are tuned by: type, default, reason. Two
+//! stand elsewhere: how many panels a code's decoding has registers for (`matmul/coding.rs`), and a literal in assembly
+//! (`tier/amx/many.rs` asks for x two steps, 2 KiB, ahead of the products, which take 128 cycles).
 #![forbid(unsafe_code)]
 
 use super::isa::Caches;
@@ -125,8 +126,8 @@ pub(crate) struct Registers {
 /// Plain Rust: so little that a compiler keeps it in any CPU's registers; decoding for few rows costs as much as for many.
 pub(crate) const PORTABLE: Registers = Registers { block: (2, 1), decode_rows: 0, decode_panels: [1; 8], chains: 1 };
 
-/// A panel's sums of a row are two chains of two registers each: of 16 registers a block takes 12 sums of 6 rows, 2 of weights and one
-/// of x. Decoding leaves room for one panel with more than one row; beyond 4 rows FMAs alone cost more than memory.
+/// A chain of a panel and a row is two registers: of 16 a block takes 12 for 6 rows, 2 for weights and one for x. Decoding leaves room for one
+/// panel with more than one row; beyond 4 rows decoding once for many rows is faster.
 pub(crate) const AVX2: Registers =
     Registers { block: (6, 1), decode_rows: 4, decode_panels: [2, 1, 1, 1, 1, 1, 1, 1], chains: 4 };
 

@@ -252,10 +252,10 @@ fn matmul(args: &Matmul) -> Result<(), Failure> {
     args.check_memory(&groups, cold as f64)?;
     let pool = args.run.pool()?;
     let (cpu, origin) = args.run.cpu(&pool)?;
-    // Files are opened first: a run of minutes must not end at a path that cannot be written.
-    let mut csv = args.out.as_deref().map(|path| record(path, &origin)).transpose()?;
-    // What a picture of that name holds stays until there is another.
+    // Files are opened first: a run of minutes must not end at a path that cannot be written. What a picture of that name holds stays
+    // until there is another.
     let mut svg = args.svg.as_deref().map(|path| open(path, true)).transpose()?;
+    let mut csv = args.out.as_deref().map(|path| record(path, &origin)).transpose()?;
 
     let read = StreamRead::new(&pool).map_err(Failure::refused)?;
     let mut limits = Limits { pool: &pool, read };
@@ -292,7 +292,10 @@ fn matmul(args: &Matmul) -> Result<(), Failure> {
     say(&summary(&rows));
     let Some(svg) = &mut svg else { return Ok(()) };
     let picture = roofline::svg(&rows, &origin)?;
-    svg.1.set_len(0).map_err(|e| Failure::refused(format!("{}: {e}", svg.0.display())))?;
+    // Pipes and devices have no length.
+    if svg.1.metadata().is_ok_and(|file| file.is_file()) {
+        svg.1.set_len(0).map_err(|e| Failure::refused(format!("{}: {e}", svg.0.display())))?;
+    }
     write(svg, &picture)
 }
 

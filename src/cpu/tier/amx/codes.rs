@@ -11,7 +11,7 @@
 //! | zmm24 to zmm31 | [`Constants`] |
 //! | zmm16 to zmm23, k1, k2, ymm/xmm of the same | scratch |
 //!
-//! Powers of two are applied by integer subtraction: codes are first read as bf16 with an exponent field that is too large by a
+//! Powers of two are applied by integer subtraction, but for plain FP8: codes are first read as bf16 with an exponent field that is too large by a
 //! constant (so that 15 bits hold every magnitude), zero as all zero bits; one saturating subtraction then takes that constant and
 //! the block's scale off the exponent, and leaves zero zero.
 
@@ -60,7 +60,7 @@ const FP4_UP: u16 = 125;
 /// NVFP4: bf16 bits that stand for 1.0 before the subtraction. Scales times 1.5 stay below, twice them fit 15 bits.
 const NV_ONE: u16 = 0x7000;
 
-/// VPMULTISHIFTQB's offsets that move every word down by so many bits; what a word's low five bits do not need comes round.
+/// VPMULTISHIFTQB's offsets that move every word down by so many bits; what a word's low four bits do not need comes round.
 fn down(bits: u16) -> [u16; 32] {
     std::array::from_fn(|word| {
         let of_byte = |byte: u16| (16 * (word as u16 % 4) + 8 * byte + bits) % 64;
