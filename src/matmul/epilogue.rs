@@ -195,7 +195,8 @@ impl<T: Real, F: Fn(usize) -> (usize, f32)> FinishAs<'_, T, F> {
 /// What leaves every number as it is when added: adding +0 would turn -0 into +0.
 const NOTHING: f32 = -0.0;
 
-/// What a panel's sums meet. What is absent is there as 1 or [`NOTHING`]: branches cost more than the operations they save.
+/// What a panel's sums meet. What is absent is there as 1 or [`NOTHING`]: with an `Option` for each, calls of k = 64 with bf16 outputs took
+/// 1.5 times as long on AVX2.
 struct Factors {
     scales: [f32; LANES],
     alpha: f32,
