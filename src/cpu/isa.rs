@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // CPUID, XGETBV, one system call, and the promise of a test that it stands in for AMX
 
 use super::knobs;
+use super::tier::pairs_in_order;
 use crate::error::{Error, Result};
 use std::fmt;
 use std::str::FromStr;
@@ -19,6 +20,10 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL: 512-bit registers.
     Avx512,
+    /// x86-64 with AVX-512 BF16 and VBMI beside. Matmul of operands that bf16 holds multiplies them in pairs, two multiply-adds an
+    /// instruction (docs/numerics.md, section 2), everything else takes what [`Isa::Avx512`] takes. Not taken unasked on CPUs that are
+    /// not AMD's: Intel's with AMX do it at half the speed of FMA.
+    Avx512Bf16,
     /// x86-64 with AMX tiles and BF16, AVX-512 VBMI and VBMI2 beside, on Linux, which must grant the tiles to the process: asked once. Matmul
     /// of operands that bf16 holds takes tiles, everything else what [`Isa::Avx512`] takes.
     Amx,
@@ -26,7 +31,7 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, ascending.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
     /// Name, as `TRN_KERNELS_ISA` takes it.
     pub const fn name(self) -> &'static str {
@@ -34,6 +39,7 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512bf16",
             Isa::Amx => "amx",
         }
     }
@@ -44,20 +50,29 @@ impl Isa {
             Isa::Portable => true,
             Isa::Avx2 => Avx2Token::detect().is_some(),
             Isa::Avx512 => Avx512Token::detect().is_some(),
+            Isa::Avx512Bf16 => Bf16Token::detect().is_ok(),
             Isa::Amx => AmxToken::detect().is_ok(),
         }
     }
 
-    /// The best that this machine itself runs.
+    /// The fastest that this machine itself runs.
     pub fn best() -> Isa {
-        let own = |isa: &Isa| isa.available() && (*isa != Isa::Amx || tiles_granted().is_ok());
+        let own =
+            |isa: &Isa| isa.available() && isa.declined().is_none() && (*isa != Isa::Amx || tiles_granted().is_ok());
         Isa::ALL.into_iter().rev().find(own).unwrap_or(Isa::Portable)
+    }
+
+    /// Why [`Isa::best`] does not take it although it is available.
+    pub(crate) fn declined(self) -> Option<&'static str> {
+        // facts: an Intel CPU with AMX 0.16 TFLOP/s by VDPBF16PS, 0.27 by FMA; measured on Zen 5: 1.9 times FMA.
+        (self == Isa::Avx512Bf16 && !amd()).then_some("on CPUs that are not AMD's its products may be slower than FMA")
     }
 
     /// What is missing, in words; `None` if it is available.
     pub(crate) fn missing(self) -> Option<&'static str> {
         match self {
             Isa::Amx => AmxToken::detect().err(),
+            Isa::Avx512Bf16 => Bf16Token::detect().err(),
             _ if self.available() => None,
             Isa::Avx2 => Some("this CPU lacks AVX2, FMA or F16C"),
             _ => Some("this CPU lacks AVX-512 F, BW, DQ or VL"),
@@ -97,7 +112,7 @@ impl FromStr for Isa {
             operand: knobs::ISA.into(),
             at: 0,
             got: name.chars().take(32).collect(),
-            needed: "portable, avx2, avx512 or amx",
+            needed: "portable, avx2, avx512, avx512bf16 or amx",
         })
     }
 }
@@ -129,6 +144,31 @@ pub(crate) struct Avx512Token(());
 impl Avx512Token {
     pub(crate) fn detect() -> Option<Self> {
         detected!("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl").then_some(Avx512Token(()))
+    }
+}
+
+/// Proof that this CPU has AVX-512 BF16, whose product of pairs sums in the order that docs/numerics.md needs, and VBMI, and what
+/// [`Avx512Token`] proves.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bf16Token(Avx512Token);
+
+impl Bf16Token {
+    /// What AVX-512 proves.
+    pub(crate) fn avx512(self) -> Avx512Token {
+        self.0
+    }
+
+    /// The token, or what is missing.
+    pub(crate) fn detect() -> Result<Self, &'static str> {
+        static FOUND: OnceLock<Result<Bf16Token, &str>> = OnceLock::new();
+        *FOUND.get_or_init(|| {
+            let avx512 = Avx512Token::detect().ok_or("this CPU lacks AVX-512 F, BW, DQ or VL")?;
+            if !detected!("avx512bf16", "avx512vbmi") {
+                return Err("this CPU lacks AVX-512 BF16 or VBMI");
+            }
+            let token = Bf16Token(avx512);
+            if pairs_in_order(token) { Ok(token) } else { Err("this CPU's VDPBF16PS sums in another order") }
+        })
     }
 }
 
@@ -235,6 +275,20 @@ fn ask_for_tiles() -> Result<(), &'static str> {
     Err("AMX is asked for on Linux on x86-64 only")
 }
 
+/// Whether the CPU calls itself one of AMD's.
+#[cfg(target_arch = "x86_64")]
+#[allow(unused_unsafe)] // CPUID is safe in newer toolchains
+fn amd() -> bool {
+    // SAFETY: every x86-64 CPU has CPUID and leaf 0.
+    let vendor = unsafe { std::arch::x86_64::__cpuid(0) };
+    [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn amd() -> bool {
+    false
+}
+
 /// Data caches of one core, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caches {
@@ -296,7 +350,7 @@ mod tests {
         }
         assert_eq!(" AVX2 ".parse(), Ok(Isa::Avx2));
         let e = "sse9".parse::<Isa>().unwrap_err().to_string();
-        assert_eq!(e, "TRN_KERNELS_ISA[0]: got sse9, needed portable, avx2, avx512 or amx");
+        assert_eq!(e, "TRN_KERNELS_ISA[0]: got sse9, needed portable, avx2, avx512, avx512bf16 or amx");
         assert!(Isa::Portable.available() && Isa::best().available());
         assert_eq!(Isa::Amx.needed().is_ok(), Isa::Amx.available());
     }

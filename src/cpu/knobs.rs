@@ -5,7 +5,7 @@
 
 use super::isa::Caches;
 
-/// `TRN_KERNELS_ISA`: `portable`, `avx2`, `avx512` or `amx`; not set by default. Caps the tier that [`Cpu::detect`] takes, to
+/// `TRN_KERNELS_ISA`: `portable`, `avx2`, `avx512`, `avx512bf16` or `amx`; not set by default. Caps the tier that [`Cpu::detect`] takes, to
 /// compare or measure tiers. Read once in a process.
 ///
 /// [`Cpu::detect`]: super::Cpu::detect
@@ -135,6 +135,9 @@ pub(crate) const AVX2: Registers =
 /// values, x, the table and the sums of steps have the other half. Up to 16 rows decode again what was decoded for the first 8.
 pub(crate) const AVX512: Registers =
     Registers { block: (8, 3), decode_rows: 16, decode_panels: [4, 2, 2, 2, 2, 2, 2, 2], chains: 16 };
+
+/// Where pairs of bf16 are multiplied: the same registers hold the same.
+pub(crate) const AVX512_BF16: Registers = AVX512;
 
 /// Most rows that the decode kernel multiplies while their sums are in registers: with two chains and a panel they are 16.
 pub(crate) const DECODE_ROWS_AT_ONCE: usize = 8;

@@ -20,10 +20,10 @@ pub use workspace::Workspace;
 pub(crate) use dot::{PanelDot, flushed};
 pub(crate) use flush::{Range, Smallest, flush, flush_free};
 pub(crate) use handout::Handout;
-pub(crate) use isa::AmxToken;
+pub(crate) use isa::{AmxToken, Bf16Token};
 pub(crate) use parallel::{for_each, for_each_zip};
-pub(crate) use simd::{FP4_HEADROOM, Fp8Bits, LANES, LINE, STEP, Simd};
-pub(crate) use tier::{Kernel, Tier, amx};
+pub(crate) use simd::{FP4_HEADROOM, Fp8Bits, LANES, LINE, Pairs, STEP, Simd};
+pub(crate) use tier::{Kernel, PairKernel, Tier, amx};
 pub(crate) use workspace::{Lines, Scratch};
 
 use crate::error::Result;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::knobs::Registers;
+use crate::num::Fp8;
 
 /// Columns of a panel: outputs computed side by side, each in a lane of its own.
 pub(crate) const LANES: usize = 16;
@@ -21,19 +22,46 @@ pub(crate) const FP4_HEADROOM: i32 = 25;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Fp8Bits {
     pub(crate) values: &'static [f32; 256],
+    /// Low and high bytes of the bf16 of codes without a sign.
+    pub(crate) halves: &'static [[u8; 128]; 2],
     pub(crate) shift: u32,
     pub(crate) mask: u16,
     pub(crate) power: i32,
 }
 
 impl Fp8Bits {
-    pub(crate) fn of(element: crate::num::Fp8) -> Fp8Bits {
+    pub(crate) fn of(element: Fp8) -> Fp8Bits {
         let format = element.format();
         let shift = 5 - format.exponent_bits();
         // The sign, and the exponent and mantissa bits below the copies of the sign.
         let mask = 0x8000 | ((0x7F00u32 >> shift) as u16 & (0x7FFF >> shift));
-        Fp8Bits { values: element.values(), shift, mask, power: 15 - format.bias() }
+        Fp8Bits { values: element.values(), halves: halves(element), shift, mask, power: 15 - format.bias() }
     }
+}
+
+/// [`Fp8Bits::halves`].
+fn halves(element: Fp8) -> &'static [[u8; 128]; 2] {
+    const fn of(element: Fp8) -> [[u8; 128]; 2] {
+        let (values, mut halves) = (element.values(), [[0; 128]; 2]);
+        let mut code = 0;
+        while code < 128 {
+            let [_, _, low, high] = values[code].to_bits().to_le_bytes();
+            (halves[0][code], halves[1][code]) = (low, high);
+            code += 1;
+        }
+        halves
+    }
+    macro_rules! tables {
+        ($($element:ident)*) => {
+            match element {
+                $(Fp8::$element => {
+                    static HALVES: [[u8; 128]; 2] = of(Fp8::$element);
+                    &HALVES
+                })*
+            }
+        };
+    }
+    tables!(E4M3Fn E4M3Ieee E5M2 E3M4)
 }
 
 /// Sixteen f32 lanes of one machine. A value of the type is the proof that the machine has the instructions, so every method is
@@ -82,10 +110,31 @@ pub(crate) trait Simd: Copy {
     fn prefetch(self, data: *const u8);
 }
 
+/// Machines that multiply bf16 in pairs: words of two, of which the high one comes first in a chain. A chain of even or odd k takes
+/// two of its elements at once, so pairs are of k and k + 2: eight k in a row are the pairs (0, 2), (1, 3), (4, 6), (5, 7).
+pub(crate) trait Pairs: Simd {
+    /// `a.low * b.low + (a.high * b.high + c)`, each sum rounded once. No element, product or sum is subnormal, infinite or NaN: with
+    /// others it may be anything.
+    fn fma_pairs(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Pairs of f32 that bf16 holds.
+    fn pair(self, high: Self::V, low: Self::V) -> Self::V;
+    /// The values of [`Simd::fp4`], without a power of two: -0 may become +0.
+    fn fp4_pairs(self, line: &[u8; LINE]) -> [Self::V; 4];
+    /// The same times E8M0 scales, where no product leaves bf16's normal range.
+    fn mxfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [Self::V; 4];
+    /// The same times E4M3FN scales, codes 0 to 0x7E.
+    fn nvfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [Self::V; 4];
+    /// FP8 codes in two lines, as [`Simd::fp8`] has them.
+    fn fp8_pairs(self, lines: &[[u8; LINE]; 2], bits: Fp8Bits) -> [Self::V; 4];
+    /// bf16 in four lines, as [`Simd::bf16`] has them.
+    fn bf16_pairs(self, lines: &[[u8; LINE]; 4]) -> [Self::V; 4];
+    /// Both of each pair times E8M0 scales, where no product leaves bf16's normal range.
+    fn scale_pairs(self, pairs: [Self::V; 4], scales: &[u8; LANES]) -> [Self::V; 4];
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::num::Fp8;
     use half::f16;
 
     /// The claim of [`Fp8Bits`], for every code.

@@ -1,17 +1,15 @@
 //! The AMX path: rows of x as tiles of bf16, and which loop of `cpu::tier::amx` a task takes.
 #![forbid(unsafe_code)]
 
-use super::driver::Rows;
+use super::bf16::pitch;
 use super::layout::{GROUP, PackedLayout};
-use super::operand::Activations;
 use super::packed::Facts;
 use super::tiles::{AddScaled, Tiles};
 use crate::cpu::amx::{Coded, Decoded, FewRows, ManyRows, PANELS, Scaled, Steps, TILE, TileCode};
 use crate::cpu::knobs::{FEW_BLOCKS, TILE_RUNS};
-use crate::cpu::{AmxToken, Blocking, Kernel, LANES, LINE, Range, STEP, Simd, Tier, flush_free};
+use crate::cpu::{AmxToken, Blocking, LANES, LINE, Range, STEP, Tier, flush_free};
 use crate::quant::Scheme;
 use bytemuck::{cast_slice, cast_slice_mut};
-use half::bf16;
 
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
@@ -66,84 +64,6 @@ fn steps(layout: &PackedLayout, first: usize, count: usize) -> Steps {
     }
 }
 
-/// Loads up to 16 rows of x to `[step][row][32]` bf16, zeros past k, with room for [`pitch`] steps. Subnormals stay: the product reads
-/// them as zeros.
-pub(super) struct LoadTile<'a> {
-    pub(super) x: &'a Activations<'a>,
-    pub(super) rows: Rows<'a>,
-    pub(super) first: usize,
-    pub(super) steps: usize,
-    pub(super) out: &'a mut [u16],
-    pub(super) range: &'a mut Range,
-}
-
-impl LoadTile<'_> {
-    pub(super) fn run(self, tier: Tier) {
-        tier.run(self);
-    }
-}
-
-impl Kernel for LoadTile<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let LoadTile { x, rows, first, steps, out, range } = self;
-        let height = out.len() / (pitch(steps) * STEP).max(1);
-        let out = out.as_chunks_mut::<STEP>().0;
-        let mut seen = Magnitudes::NONE;
-        for row in 0..height {
-            let source = rows.source(first + row);
-            let places = out[row..steps * height].iter_mut().step_by(height);
-            match x {
-                Activations::Bf16(x) => {
-                    let (whole, rest) = x.row(source).unwrap_or_default().as_chunks::<STEP>();
-                    let mut last = [bf16::ZERO; STEP];
-                    last[..rest.len()].copy_from_slice(rest);
-                    for (to, x) in places.zip(whole.iter().chain([&last])) {
-                        *to = seen.see(std::array::from_fn(|i| x[i].to_bits()));
-                    }
-                }
-                Activations::Quantized(x) => {
-                    for (step, to) in places.enumerate() {
-                        let mut values = [0.0; STEP];
-                        let valid = STEP.min(x.k() - step * STEP);
-                        x.decode_from(source, step * STEP, &mut values[..valid]);
-                        *to = seen.see(values.map(|v| (v.to_bits() >> 16) as u16));
-                    }
-                }
-                // Plans for others have no tiles.
-                _ => places.for_each(|to| *to = [0; STEP]),
-            }
-        }
-        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-        range.see(&seen.smallest.map(|s| value(if s < LEAST.wrapping_neg() { s + LEAST } else { 0 })));
-        range.see(&seen.largest.map(|l| value(if l < LEAST { 0 } else { l })));
-    }
-}
-
-/// Bits of the least normal bf16.
-const LEAST: u16 = 0x80;
-
-/// The smallest (less [`LEAST`]) and largest magnitudes of normal bf16 bits, which order as the bits do.
-struct Magnitudes {
-    smallest: [u16; STEP],
-    largest: [u16; STEP],
-}
-
-impl Magnitudes {
-    const NONE: Magnitudes = Magnitudes { smallest: [u16::MAX; STEP], largest: [0; STEP] };
-
-    #[inline(always)]
-    fn see(&mut self, bits: [u16; STEP]) -> [u16; STEP] {
-        for (bits, (smallest, largest)) in bits.iter().zip(self.smallest.iter_mut().zip(&mut self.largest)) {
-            let magnitude = bits & 0x7FFF;
-            // Zeros and subnormals wrap to the top.
-            *smallest = (*smallest).min(magnitude.wrapping_sub(LEAST));
-            *largest = (*largest).max(magnitude);
-        }
-        bits
-    }
-}
-
 /// Sums of rows of x with consecutive panels.
 pub(super) struct Amx<'a> {
     pub(super) token: AmxToken,
@@ -152,7 +72,7 @@ pub(super) struct Amx<'a> {
     /// Packed bytes from the first panel on, and its index.
     pub(super) data: &'a [u8],
     pub(super) first_panel: usize,
-    /// Tiles of 16 rows, [`pitch`] steps apart, the last one perhaps shorter, as [`LoadTile`] makes them.
+    /// Tiles of 16 rows, [`pitch`] steps apart, the last one perhaps shorter, as [`LoadBf16`] makes them.
     pub(super) x: &'a [u16],
     pub(super) rows: usize,
     pub(super) tiles: Option<Tiles<'a>>,
@@ -186,13 +106,6 @@ pub(super) fn steps_together(blocking: &Blocking, tile: Option<usize>, layout: &
 /// Groups between f32 scales, all if there are none: whole ones, but for a tile that holds all of k ([`takes`]).
 fn run(tile: Option<usize>, groups: usize) -> usize {
     tile.map_or(groups, |tile| tile.div_ceil(GROUP * STEP)).min(groups)
-}
-
-/// Steps from a tile of rows of x to the next. All tiles are walked in step, so they must not fall on the same sets of a cache, as they do
-/// where k is a large power of two: neither in L2 nor, a few steps on, in L1. Those left out are room that rows of x in f32 have.
-pub(super) fn pitch(steps: usize) -> usize {
-    let apart = steps + (26 - steps % 16) % 16;
-    if apart <= 2 * steps { apart } else { steps }
 }
 
 /// f32 of scratch that a task of so many rows needs.
@@ -365,53 +278,6 @@ impl Amx<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::{Cpu, Smallest};
-    use crate::view::MatRef;
-
-    /// Tiles of these rows, and what was seen of them.
-    fn load(x: &[f32], m: usize) -> (Vec<u16>, Range) {
-        let (k, x): (_, Vec<bf16>) = (x.len() / m, x.iter().map(|v| bf16::from_f32(*v)).collect());
-        let steps = k.div_ceil(STEP);
-        let (mut out, mut range) = (vec![u16::MAX; m * steps * STEP], Range::new(Smallest::BF16));
-        let x = &Activations::Bf16(MatRef::new(&x, m, k).unwrap());
-        LoadTile { x, rows: Rows::Each, first: 0, steps, out: &mut out, range: &mut range }.run(Cpu::detect().tier());
-        (out, range)
-    }
-
-    #[test]
-    fn rows_become_tiles() {
-        for (m, k) in [(1, 32), (3, 70), (16, 33), (5, 1), (2, 64)] {
-            let x: Vec<f32> = (0..m * k).map(|i| (i % 200) as f32 - 20.0).collect();
-            let tiles = load(&x, m).0;
-            for (i, got) in tiles.iter().enumerate() {
-                let (step, row, at) = (i / STEP / m, i / STEP % m, i % STEP);
-                let want = if step * STEP + at < k { x[row * k + step * STEP + at] } else { 0.0 };
-                assert_eq!(bf16::from_bits(*got).to_f32(), want, "{m} x {k}: {i}");
-            }
-        }
-    }
-
-    /// Zeros and subnormals, which the product reads as zeros, count as neither small nor large.
-    #[test]
-    fn magnitudes_are_seen() {
-        let mut seen = Range::new(Smallest::BF16);
-        let magnitudes = [f32::MIN_POSITIVE, -3.0, 0.25];
-        for (small, others) in [(0.0, 0.0), (1e-39, -1e-39), (-0.0, 1e-40)] {
-            let mut x = vec![small; 3 * 40];
-            assert_eq!(load(&x, 3).1.smallest, Smallest::BF16, "{small}");
-            for (i, magnitude) in magnitudes.iter().enumerate() {
-                x[37 * (i + 1)] = *magnitude;
-                x[i] = others;
-            }
-            seen = load(&x, 3).1;
-            let mut want = Range::new(Smallest::BF16);
-            want.see(&magnitudes);
-            assert_eq!(seen, want, "{small}");
-        }
-        assert_eq!(seen.top(), 2);
-        assert!(load(&[1.0, f32::INFINITY], 1).1.top() > 128 && load(&[f32::NAN; 40], 2).1.top() > 128);
-        assert_eq!(load(&[f32::MIN_POSITIVE], 1).1.smallest.grid(), Some(-126 - 7));
-    }
 
     /// However many pairs of panels there are, each line is asked for once if they are enough, and by pairs evenly apart.
     #[test]

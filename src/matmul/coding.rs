@@ -1,12 +1,12 @@
 //! How the lines of a packed step become sixteen lanes of f32, for each kind of code.
 #![forbid(unsafe_code)]
 
-use crate::cpu::{FP4_HEADROOM, Fp8Bits, LANES, LINE, STEP, Simd};
+use crate::cpu::{FP4_HEADROOM, Fp8Bits, LANES, LINE, Pairs, STEP, Simd};
 use crate::num::{E8M0, F8E4M3Fn};
 use crate::quant::Scheme;
 
 /// Most k in a line.
-const MAX_K: usize = 8;
+pub(super) const MAX_K: usize = 8;
 
 /// A kind of code, as kernels read it where [`Quick`](super::driver::Quick) holds.
 pub(super) trait Coding: Copy + Sync {
@@ -37,6 +37,15 @@ pub(super) trait Coding: Copy + Sync {
 
     /// As [`Coding::line`], code x block scale.
     fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K];
+
+    /// Values of eight k, the `i`-th of a step, in these lines, as pairs; but for what [`Coding::add`] does.
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; 4];
+
+    /// As [`Coding::pairs`], code x block scale.
+    #[inline(always)]
+    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; 4] {
+        self.pairs(s, lines, i, scales)
+    }
 }
 
 /// MXFP4: sums of whole steps are scaled, not elements.
@@ -108,6 +117,17 @@ impl Coding for Mxfp4 {
         }
         scaled(s, values, s.e8m0(&scales[0]))
     }
+
+    #[inline(always)]
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [S::V; 4] {
+        const { assert!(S::FP4_POWER == 0, "sums of pairs are not short of a power of two") };
+        s.fp4_pairs(&lines[0])
+    }
+
+    #[inline(always)]
+    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, scales: &[[u8; LANES]]) -> [S::V; 4] {
+        s.mxfp4_pairs(&lines[0], &scales[0])
+    }
 }
 
 impl Nvfp4 {
@@ -137,6 +157,11 @@ impl Coding for Nvfp4 {
     fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
         scaled(s, s.fp4::<true>(line), Self::scale(s, i, scales))
     }
+
+    #[inline(always)]
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; 4] {
+        s.nvfp4_pairs(&lines[0], &scales[i / 2])
+    }
 }
 
 impl Coding for Bf16 {
@@ -157,6 +182,11 @@ impl Coding for Bf16 {
     #[inline(always)]
     fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
         self.line(s, line, i, scales)
+    }
+
+    #[inline(always)]
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [S::V; 4] {
+        s.bf16_pairs(&lines.as_chunks().0[0])
     }
 }
 
@@ -183,6 +213,11 @@ impl Coding for Fp8Plain {
     fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
         scaled(s, self.line(s, line, i, scales), s.splat(power_of_two(self.0.power)))
     }
+
+    #[inline(always)]
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [S::V; 4] {
+        s.fp8_pairs(&lines.as_chunks().0[0], self.0)
+    }
 }
 
 impl Coding for Mxfp8 {
@@ -208,6 +243,16 @@ impl Coding for Mxfp8 {
     fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
         let values = scaled(s, self.line(s, line, i, scales), s.splat(power_of_two(self.0.power)));
         scaled(s, values, s.e8m0(&scales[0]))
+    }
+
+    #[inline(always)]
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [S::V; 4] {
+        s.fp8_pairs(&lines.as_chunks().0[0], self.0)
+    }
+
+    #[inline(always)]
+    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; 4] {
+        s.scale_pairs(self.pairs(s, lines, i, scales), &scales[0])
     }
 }
 

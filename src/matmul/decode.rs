@@ -5,9 +5,10 @@
 
 use super::coding::Coding;
 use super::layout::{GROUP, PackedLayout};
+use super::terms::{Decoded, PAIRS, Paired, SINGLES, Single};
 use super::tiles::Tiles;
 use crate::cpu::knobs::DECODE_ROWS_AT_ONCE;
-use crate::cpu::{Kernel, LANES, LINE, STEP, Simd};
+use crate::cpu::{Kernel, LANES, LINE, PairKernel, Pairs, Simd};
 
 /// Sums of rows of x with consecutive panels.
 pub(super) struct Decode<'a, C> {
@@ -16,7 +17,7 @@ pub(super) struct Decode<'a, C> {
     /// Packed bytes from the first panel on, and its index.
     pub(super) data: &'a [u8],
     pub(super) first_panel: usize,
-    /// Rows of x, `stride` apart, each of [`Coding::power`] times its value.
+    /// Rows of x, `stride` words apart: f32 of `2^`[`Coding::power`] times their values, or pairs.
     pub(super) x: &'a [f32],
     pub(super) stride: usize,
     pub(super) rows: usize,
@@ -32,6 +33,21 @@ pub(super) struct Decode<'a, C> {
 impl<C: Coding> Kernel for Decode<'_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        self.run_as::<S, Single, SINGLES>(s);
+    }
+}
+
+impl<C: Coding> PairKernel for Decode<'_, C> {
+    #[inline(always)]
+    fn run<S: Pairs>(self, s: S) {
+        self.run_as::<S, Paired, PAIRS>(s);
+    }
+}
+
+impl<C: Coding> Decode<'_, C> {
+    /// With T words of x in a step.
+    #[inline(always)]
+    fn run_as<S: Simd, A: Decoded<S, C>, const T: usize>(self, s: S) {
         let Decode { coding, layout, data, first_panel, x, stride, rows, tiles, streams, prefetch, sums, part } = self;
         let (panel_bytes, steps) = (layout.panel_bytes(), layout.steps());
         for (set, sums) in sums.chunks_mut(streams * rows).enumerate() {
@@ -57,7 +73,7 @@ impl<C: Coding> Kernel for Decode<'_, C> {
                 let (first_step, count) = (step - group, end - step);
                 let piece =
                     Piece { coding, data, x, stride, rows, panel_bytes, offset, codes, first_step, step, count, ahead };
-                piece.run(s, first, target);
+                piece.run::<S, A, T>(s, first, target);
                 if let Some(tiles) = &tiles
                     && tiles.ends(end, steps)
                 {
@@ -95,7 +111,7 @@ struct Piece<'a, C> {
 impl<C: Coding> Piece<'_, C> {
     /// `sums[p][r] += x[r] . panel (panel + p)`.
     #[inline(always)]
-    fn run<S: Simd>(self, s: S, panel: usize, sums: &mut [[f32; LANES]]) {
+    fn run<S: Simd, A: Decoded<S, C>, const T: usize>(self, s: S, panel: usize, sums: &mut [[f32; LANES]]) {
         // Groups of rows as equal as can be: their number is how often codes are decoded.
         let most = const {
             if S::REGISTERS.decode_rows < DECODE_ROWS_AT_ONCE { S::REGISTERS.decode_rows } else { DECODE_ROWS_AT_ONCE }
@@ -106,7 +122,7 @@ impl<C: Coding> Piece<'_, C> {
             macro_rules! rows {
                 ($($r:literal)*) => {
                     match group.min(self.rows - row) {
-                        $($r => if const { $r <= S::REGISTERS.decode_rows } { self.panels::<S, $r>(s, panel, row, sums) },)*
+                        $($r => if const { $r <= S::REGISTERS.decode_rows } { self.panels::<S, A, T, $r>(s, panel, row, sums) },)*
                         more => debug_assert!(false, "{more} rows"),
                     }
                 };
@@ -116,26 +132,38 @@ impl<C: Coding> Piece<'_, C> {
     }
 
     #[inline(always)]
-    fn panels<S: Simd, const R: usize>(self, s: S, panel: usize, row: usize, sums: &mut [[f32; LANES]]) {
+    fn panels<S: Simd, A: Decoded<S, C>, const T: usize, const R: usize>(
+        self,
+        s: S,
+        panel: usize,
+        row: usize,
+        sums: &mut [[f32; LANES]],
+    ) {
         let panels = sums.len() / self.rows;
         let mut p = 0;
         while const { S::REGISTERS.decode_panels[R - 1] >= 4 && C::PANELS >= 4 } && panels - p >= 4 {
-            self.steps::<S, R, 4>(s, panel + p, row, &mut sums[p * self.rows..]);
+            self.steps::<S, A, T, R, 4>(s, panel + p, row, &mut sums[p * self.rows..]);
             p += 4;
         }
         while const { S::REGISTERS.decode_panels[R - 1] >= 2 } && panels - p >= 2 {
-            self.steps::<S, R, 2>(s, panel + p, row, &mut sums[p * self.rows..]);
+            self.steps::<S, A, T, R, 2>(s, panel + p, row, &mut sums[p * self.rows..]);
             p += 2;
         }
         while p < panels {
-            self.steps::<S, R, 1>(s, panel + p, row, &mut sums[p * self.rows..]);
+            self.steps::<S, A, T, R, 1>(s, panel + p, row, &mut sums[p * self.rows..]);
             p += 1;
         }
     }
 
     /// R rows by P panels, in the canonical order.
     #[inline(always)]
-    fn steps<S: Simd, const R: usize, const P: usize>(self, s: S, panel: usize, row: usize, sums: &mut [[f32; LANES]]) {
+    fn steps<S: Simd, A: Decoded<S, C>, const T: usize, const R: usize, const P: usize>(
+        self,
+        s: S,
+        panel: usize,
+        row: usize,
+        sums: &mut [[f32; LANES]],
+    ) {
         let mut scales: [&[[u8; LANES]]; P] = [&[]; P];
         let mut lines: [&[[u8; LINE]]; P] = [&[]; P];
         let mut next = [self.data.as_ptr(); P];
@@ -155,14 +183,14 @@ impl<C: Coding> Piece<'_, C> {
                 acc[p][r] = s.load(&sums[p * self.rows + row + r]);
             }
         }
-        let mut x: [&[[f32; STEP]]; R] = [&[]; R];
+        let mut x: [&[[f32; T]]; R] = [&[]; R];
         for (r, x) in x.iter_mut().enumerate() {
-            *x = &self.x[(row + r) * self.stride + self.step * STEP..].as_chunks().0[..self.count];
+            *x = &self.x[(row + r) * self.stride + self.step * T..].as_chunks().0[..self.count];
         }
         for _ in 0..self.count {
             let mut step_scales: [&[[u8; LANES]]; P] = [&[]; P];
             let mut step_lines: [&[[u8; LINE]]; P] = [&[]; P];
-            let mut rows: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
+            let mut rows: [&[f32; T]; R] = [&[0.0; T]; R];
             for p in 0..P {
                 (step_scales[p], scales[p]) = scales[p].split_at(C::SCALES);
                 (step_lines[p], lines[p]) = lines[p].split_at(C::LINES);
@@ -173,10 +201,12 @@ impl<C: Coding> Piece<'_, C> {
             }
             // Even and odd k together if there are registers for both.
             let [even, odd] = if const { 2 * R * P <= S::REGISTERS.chains } {
-                chains::<S, C, R, P, 0, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next)
+                chains::<S, C, A, T, R, P, 0, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next)
             } else {
-                let [even, _] = chains::<S, C, R, P, 0, 1>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
-                let [_, odd] = chains::<S, C, R, P, 1, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
+                let [even, _] =
+                    chains::<S, C, A, T, R, P, 0, 1>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
+                let [_, odd] =
+                    chains::<S, C, A, T, R, P, 1, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
                 [even, odd]
             };
             for p in 0..P {
@@ -195,30 +225,39 @@ impl<C: Coding> Piece<'_, C> {
 
 /// The chains of a step: even k first, then odd; those from `FROM` to `TO`, the others zero.
 #[inline(always)]
-fn chains<S: Simd, C: Coding, const R: usize, const P: usize, const FROM: usize, const TO: usize>(
+fn chains<
+    S: Simd,
+    C: Coding,
+    A: Decoded<S, C>,
+    const T: usize,
+    const R: usize,
+    const P: usize,
+    const FROM: usize,
+    const TO: usize,
+>(
     s: S,
     coding: C,
-    x: &[&[f32; STEP]; R],
+    x: &[&[f32; T]; R],
     lines: &[&[[u8; LINE]]; P],
     scales: &[&[[u8; LANES]]; P],
     next: &mut [*const u8; P],
 ) -> [[[S::V; R]; P]; 2] {
     let mut chains = [[[s.splat(0.0); R]; P]; 2];
-    for line in 0..C::LINES {
+    for unit in 0..A::UNITS {
         // Written out: the chains of a loop that the compiler leaves a loop are in memory.
         macro_rules! panels {
             ($($p:literal)*) => {$(
                 if const { $p < P } {
-                    if const { FROM == 0 } {
+                    for _ in 0..const { if FROM == 0 { A::LINES } else { 0 } } {
                         s.prefetch(next[$p]);
                         next[$p] = next[$p].wrapping_add(LINE);
                     }
-                    let values = coding.line(s, &lines[$p][line], line, scales[$p]);
-                    for i in 0..C::K / 2 {
+                    let values = A::unscaled(coding, s, &lines[$p][unit * A::LINES..], unit, scales[$p]);
+                    for i in 0..A::WORDS / 2 {
                         for odd in FROM..TO {
                             for r in 0..R {
-                                let x = s.splat(x[r][line * C::K + 2 * i + odd]);
-                                chains[odd][$p][r] = s.fma(x, values[2 * i + odd], chains[odd][$p][r]);
+                                let x = s.splat(x[r][unit * A::WORDS + 2 * i + odd]);
+                                chains[odd][$p][r] = A::fma(s, x, values[2 * i + odd], chains[odd][$p][r]);
                             }
                         }
                     }

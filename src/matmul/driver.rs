@@ -2,14 +2,16 @@
 #![forbid(unsafe_code)]
 
 use super::amx;
+use super::bf16;
 use super::coding::{Coding, with_coding};
 use super::decode::Decode;
 use super::layout::PackedLayout;
 use super::operand::Activations;
 use super::packed::{Facts, PackedMatrix, code_range};
 use super::prefill::Prefill;
+use super::terms::PAIRS;
 use super::tiles::Tiles;
-use crate::cpu::{AmxToken, Blocking, Cpu, LANES, LINE, Range, STEP, Smallest, flush_free, for_each};
+use crate::cpu::{AmxToken, Bf16Token, Blocking, Cpu, LANES, LINE, Range, STEP, Smallest, flush_free, for_each};
 use crate::error::{Error, Result};
 use crate::quant::Scheme;
 use bytemuck::{cast_slice, cast_slice_mut};
@@ -59,6 +61,8 @@ pub(super) struct Plan {
     pub(super) row_tasks: usize,
     /// Whether tiles are tried first: what they do not take falls to the kernels below.
     pub(super) amx: Option<AmxToken>,
+    /// The same of pairs.
+    pub(super) pairs: Option<Bf16Token>,
     /// Most rows the decode kernel takes.
     pub(super) decode_rows: usize,
     /// Rows and panels of the prefill kernel's register block.
@@ -105,6 +109,7 @@ impl Plan {
         together: usize,
     ) -> Plan {
         let amx = cpu.tier().amx().filter(|_| in_bf16 && amx::takes(tile, w.k()));
+        let pairs = cpu.tier().pairs().filter(|_| in_bf16);
         let (block, decode_rows) = cpu.tier().block();
         let (blocking, panels, threads) = (cpu.blocking(), w.panels().max(1), cpu.parallelism().threads().max(1));
         let rows = blocking.rows.min(m.max(1));
@@ -140,6 +145,7 @@ impl Plan {
             panel_tasks,
             row_tasks,
             amx,
+            pairs,
             decode_rows,
             block,
             tile,
@@ -235,28 +241,29 @@ impl Quick {
 }
 
 impl Problem<'_> {
-    /// Loads rows of x as tiles of bf16 to the beginning of `a`, if weights and rows are what tiles take.
-    fn load_tiles(&self, rows: Rows<'_>, first: usize, count: usize, a: &mut [f32]) -> bool {
+    /// Loads rows of x as bf16 to the beginning of `a`, tiles or, one by one, pairs, if the weights are what bf16 holds. Their magnitudes.
+    fn load_bf16(&self, (rows, pairs): (Rows<'_>, bool), first: usize, count: usize, a: &mut [f32]) -> Option<Range> {
         let Problem { cpu, plan, x, w } = *self;
         if !amx::allows(w.facts) {
-            return false;
+            return None;
         }
         let steps = w.layout.steps();
-        let row = amx::pitch(steps) * STEP;
-        let tile = amx::TILE_ROWS * row;
+        let row = bf16::pitch(steps) * STEP;
+        let height = if pairs { 1 } else { amx::TILE_ROWS };
+        let tile = height * row;
         let out = &mut cast_slice_mut::<f32, u16>(a)[..count * row];
         let (tier, seen) = (cpu.tier(), Mutex::new(Range::new(Smallest::BF16)));
         let part = (2 * plan.blocking.store / tile.max(1)).max(1);
         for_each(cpu.parallelism(), (out, part * tile), |p, out| {
             let mut range = Range::new(Smallest::BF16);
             for (t, out) in out.chunks_mut(tile).enumerate() {
-                let first = first + (p * part + t) * amx::TILE_ROWS;
-                amx::LoadTile { x, rows, first, steps, out, range: &mut range }.run(tier);
+                let first = first + (p * part + t) * height;
+                bf16::LoadBf16 { x, rows, first, steps, pairs, out, range: &mut range }.run(tier);
             }
             let mut seen = seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             *seen = seen.merge(range);
         });
-        amx::allowed(w.facts, seen.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
+        Some(seen.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
     /// Loads rows of x and says what their magnitudes allow.
@@ -290,15 +297,22 @@ impl Plan {
     }
 }
 
+/// Whether pairs give the bits of the definition: what tiles need, and no product beyond f32's range, so that it does not matter whether
+/// products are rounded before they are added.
+fn pairs_allowed(w: Facts, x: Range) -> bool {
+    amx::allowed(w, x) && x.top() + w.top <= 127
+}
+
 /// A block of rows against all panels.
 pub(super) struct Block<'a> {
     problem: Problem<'a>,
     rows: Rows<'a>,
     first: usize,
     count: usize,
-    /// Rows of x: as tiles of bf16 with `amx`, as f32 [`stride`] apart without.
+    /// Rows of x: as tiles of bf16 with `amx`, in pairs with `pairs`, else as f32 [`stride`] apart.
     a: &'a mut [f32],
     amx: Option<AmxToken>,
+    pairs: Option<Bf16Token>,
     quick: Quick,
 }
 
@@ -310,7 +324,7 @@ impl<'a> Block<'a> {
         (first, count): (usize, usize),
         a: &'a mut [f32],
     ) -> Block<'a> {
-        Block { problem, rows, first, count, a, amx: None, quick: Quick::NOTHING }
+        Block { problem, rows, first, count, a, amx: None, pairs: None, quick: Quick::NOTHING }
     }
 
     /// The f32 scale of the row at a position, if that does not change along k.
@@ -323,10 +337,17 @@ impl<'a> Block<'a> {
 
     pub(super) fn load(&mut self) {
         let Block { problem, rows, first, count, ref mut a, .. } = *self;
-        self.amx = problem.plan.amx.filter(|_| problem.load_tiles(rows, first, count, a));
-        if self.amx.is_none() {
-            self.quick = problem.load(rows, first, a, stride(&problem.w.layout));
-        }
+        let facts = problem.w.facts;
+        let mut load = |pairs| problem.load_bf16((rows, pairs), first, count, a);
+        self.amx = problem.plan.amx.filter(|_| load(false).is_some_and(|seen| amx::allowed(facts, seen)));
+        let seen = problem.plan.pairs.and_then(|token| Some((token, load(true)?)));
+        let seen = seen.filter(|(_, seen)| pairs_allowed(facts, *seen));
+        self.pairs = seen.map(|(token, _)| token);
+        self.quick = match (self.amx, seen) {
+            (Some(_), _) => Quick::NOTHING,
+            (None, Some((_, seen))) => Quick::new(problem.w.scheme(), facts, seen),
+            (None, None) => problem.load(rows, first, a, stride(&problem.w.layout)),
+        };
     }
 
     /// The sums of a task, one set of panels after the other: `finish(positions, first panel, sums)`, those `[panel][row]`.
@@ -361,14 +382,14 @@ impl<'a> Block<'a> {
         sums: &mut [[f32; LANES]],
         scratch: &mut [f32],
     ) {
-        let Block { problem: Problem { cpu, plan, x, w }, rows, count, amx, quick, .. } = *self;
-        let stride = stride(&w.layout);
+        let Block { problem: Problem { cpu, plan, x, w }, rows, count, amx, pairs, quick, .. } = *self;
+        let stride = if pairs.is_some() { bf16::pitch(w.layout.steps()) * PAIRS } else { stride(&w.layout) };
         let data = w.data.get().get(first_panel * w.layout.panel_bytes()..).unwrap_or_default();
         let tiles = plan.tile.map(|k| Tiles { k, x, w, rows, first: self.first + first_row });
         let blocking = plan.blocking;
         if let Some(token) = amx {
             let (tier, layout, rows) = (cpu.tier(), w.layout, rows_here);
-            let x = &cast_slice::<f32, u16>(self.a)[first_row * amx::pitch(layout.steps()) * STEP..];
+            let x = &cast_slice::<f32, u16>(self.a)[first_row * bf16::pitch(layout.steps()) * STEP..];
             return amx::Amx { token, tier, layout, data, first_panel, x, rows, tiles, blocking, sums, scratch }.run();
         }
         let a = &self.a[first_row * stride..];
@@ -376,7 +397,7 @@ impl<'a> Block<'a> {
         let (decoded, part) = (decoded.as_chunks_mut().0, part.as_chunks_mut().0);
         with_coding!(w.scheme(), |coding| {
             if plan.decodes(count, quick) {
-                cpu.tier().run(Decode {
+                let decode = Decode {
                     coding,
                     layout: w.layout,
                     data,
@@ -389,10 +410,15 @@ impl<'a> Block<'a> {
                     prefetch: blocking.prefetch,
                     sums,
                     part,
-                });
+                };
+                match pairs {
+                    Some(token) => token.run(decode),
+                    None => cpu.tier().run(decode),
+                }
             } else {
                 let prefill = Prefill {
                     tier: cpu.tier(),
+                    pairs,
                     coding: quick.values.then_some(coding),
                     layout: w.layout,
                     data,

@@ -6,6 +6,7 @@
 
 mod amx;
 mod batch;
+mod bf16;
 #[cfg(test)]
 mod caches;
 mod check;
@@ -25,6 +26,7 @@ pub mod oracle;
 mod pack;
 mod packed;
 mod prefill;
+mod terms;
 mod tiles;
 
 pub use epilogue::{Activation, MatmulOptions};

@@ -4,20 +4,23 @@
 
 use super::coding::{Coding, decode_any};
 use super::layout::PackedLayout;
+use super::terms::{self, PAIRS, Paired, SINGLES, Single, Terms};
 use super::tiles::Tiles;
-use crate::cpu::{Kernel, LANES, LINE, STEP, Simd, Tier, flushed};
+use crate::cpu::{Bf16Token, Kernel, LANES, LINE, PairKernel, Pairs, STEP, Simd, Tier, flushed};
 use std::ops::Range;
 
 /// Sums of rows of x with consecutive panels.
 pub(super) struct Prefill<'a, C> {
     pub(super) tier: Tier,
-    /// `None`: decode by definition.
+    /// Whether x and decoded weights are pairs.
+    pub(super) pairs: Option<Bf16Token>,
+    /// `None`: decode by definition, which makes no pairs.
     pub(super) coding: Option<C>,
     pub(super) layout: PackedLayout,
     /// Packed bytes from the first panel on, and its index.
     pub(super) data: &'a [u8],
     pub(super) first_panel: usize,
-    /// Rows of x, `stride` apart.
+    /// Rows of x, `stride` words apart.
     pub(super) x: &'a [f32],
     pub(super) stride: usize,
     pub(super) rows: usize,
@@ -34,7 +37,7 @@ pub(super) struct Prefill<'a, C> {
     pub(super) sums: &'a mut [[f32; LANES]],
     /// `[panels of a register block][rows]`, used with tiles.
     pub(super) part: &'a mut [[f32; LANES]],
-    /// `[chunk_steps * 32][panels of a register block]`.
+    /// `[chunk_steps * words of a step][panels of a register block]`.
     pub(super) decoded: &'a mut [[f32; LANES]],
 }
 
@@ -60,6 +63,7 @@ impl<C: Coding> Prefill<'_, C> {
     /// Takes a block of k through a few panels and all rows.
     fn block(&mut self, panel: usize, panels: usize, block: Range<usize>) {
         let (tier, layout, rows) = (self.tier, self.layout, self.rows);
+        let words = if self.pairs.is_some() { PAIRS } else { SINGLES };
         let sums = &mut self.sums[panel * rows..(panel + panels) * rows];
         let mut step = block.start;
         while step < block.end {
@@ -67,15 +71,19 @@ impl<C: Coding> Prefill<'_, C> {
             if let Some(tiles) = &self.tiles {
                 end = end.min(tiles.end(step));
             }
-            let decoded = &mut self.decoded[..(end - step) * STEP * panels];
+            let decoded = &mut self.decoded[..(end - step) * words * panels];
             let data = &self.data[panel * layout.panel_bytes()..];
             match self.coding {
                 Some(coding) => {
-                    tier.run(Decoded { coding, layout, data, panels, step, prefetch: self.prefetch, out: decoded });
+                    let decode = Decoded { coding, layout, data, panels, step, prefetch: self.prefetch, out: decoded };
+                    match self.pairs {
+                        Some(token) => token.run(decode),
+                        None => tier.run(decode),
+                    }
                 }
                 None => tier.run(DecodedAny { layout, data, panels, step, out: decoded }),
             }
-            let (x, stride, flush) = (&self.x[step * STEP..], self.stride, self.flush);
+            let (x, stride, flush) = (&self.x[step * words..], self.stride, self.flush);
             let tile = self.tiles.as_ref().map(|tiles| Tile {
                 tiles,
                 panel: self.first_panel + panel,
@@ -84,13 +92,17 @@ impl<C: Coding> Prefill<'_, C> {
                 ends: tiles.ends(end, layout.steps()),
                 part: &mut self.part[..panels * rows],
             });
-            tier.run(Multiply { x, stride, rows, decoded, panels, flush, tile, sums });
+            let multiply = Multiply { x, stride, rows, decoded, panels, flush, tile, sums };
+            match self.pairs {
+                Some(token) => token.run(multiply),
+                None => tier.run(multiply),
+            }
             step = end;
         }
     }
 }
 
-/// Decodes steps of a few panels from step `step` on, to `[k][panel]`.
+/// Decodes steps of a few panels from step `step` on, to `[word][panel]`.
 struct Decoded<'a, C> {
     coding: C,
     layout: PackedLayout,
@@ -104,18 +116,34 @@ struct Decoded<'a, C> {
 impl<C: Coding> Kernel for Decoded<'_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        self.run_as::<S, Single>(s);
+    }
+}
+
+impl<C: Coding> PairKernel for Decoded<'_, C> {
+    #[inline(always)]
+    fn run<S: Pairs>(self, s: S) {
+        self.run_as::<S, Paired>(s);
+    }
+}
+
+impl<C: Coding> Decoded<'_, C> {
+    #[inline(always)]
+    fn run_as<S: Simd, A: terms::Decoded<S, C>>(self, s: S) {
         let Decoded { coding, layout, data, panels, .. } = self;
         for p in 0..panels {
             let panel = &data[p * layout.panel_bytes()..];
-            for (step, out) in self.out.chunks_exact_mut(STEP * panels).enumerate() {
+            for (step, out) in self.out.chunks_exact_mut(A::UNITS * A::WORDS * panels).enumerate() {
                 let (scales, codes) = layout.step(self.step + step);
                 let scales = panel[scales].as_chunks().0;
-                let lines = panel[codes].as_chunks::<LINE>().0;
-                for (i, (line, out)) in lines.iter().zip(out.chunks_exact_mut(C::K * panels)).enumerate() {
-                    s.prefetch(line.as_ptr().wrapping_add(self.prefetch));
-                    let values = coding.values(s, line, i, scales);
-                    for k in 0..C::K {
-                        s.store(values[k], &mut out[k * panels + p]);
+                let lines = panel[codes].as_chunks::<LINE>().0.chunks_exact(A::LINES);
+                for (i, (lines, out)) in lines.zip(out.chunks_exact_mut(A::WORDS * panels)).enumerate() {
+                    for line in lines {
+                        s.prefetch(line.as_ptr().wrapping_add(self.prefetch));
+                    }
+                    let values = A::values(coding, s, lines, i, scales);
+                    for word in 0..A::WORDS {
+                        s.store(values[word], &mut out[word * panels + p]);
                     }
                 }
             }
@@ -139,7 +167,7 @@ impl Kernel for DecodedAny<'_> {
         let mut values = [[0.0; LANES]; STEP];
         for p in 0..panels {
             let panel = &data[p * layout.panel_bytes()..];
-            for (step, out) in self.out.chunks_exact_mut(STEP * panels).enumerate() {
+            for (step, out) in self.out.chunks_exact_mut(SINGLES * panels).enumerate() {
                 let (scales, codes) = layout.step(self.step + step);
                 decode_any(s, layout.scheme(), &panel[scales], &panel[codes], &mut values);
                 for (out, values) in out.chunks_exact_mut(panels).zip(&values) {
@@ -155,7 +183,7 @@ struct Multiply<'a> {
     x: &'a [f32],
     stride: usize,
     rows: usize,
-    /// `[k][panel]`.
+    /// `[word][panel]`.
     decoded: &'a [[f32; LANES]],
     panels: usize,
     flush: bool,
@@ -179,54 +207,71 @@ struct Tile<'a> {
 
 impl Kernel for Multiply<'_> {
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        // Inline constants: what a tier does not take is not compiled for it.
-        if const { S::REGISTERS.block.1 >= 3 } {
-            match self.panels {
-                3 => return self.panels::<S, 3>(s),
-                2 => return self.panels::<S, 2>(s),
-                _ => {}
-            }
-        }
-        self.panels::<S, 1>(s);
+    fn run<S: Simd>(self, s: S) {
+        self.run_as::<S, Single, SINGLES>(s);
+    }
+}
+
+impl PairKernel for Multiply<'_> {
+    #[inline(always)]
+    fn run<S: Pairs>(self, s: S) {
+        self.run_as::<S, Paired, PAIRS>(s);
     }
 }
 
 impl Multiply<'_> {
+    /// With T words in a step.
     #[inline(always)]
-    fn panels<S: Simd, const P: usize>(&mut self, s: S) {
-        if self.flush { self.all_rows::<S, P, true>(s) } else { self.all_rows::<S, P, false>(s) }
+    fn run_as<S: Simd, A: Terms<S>, const T: usize>(mut self, s: S) {
+        // Inline constants: what a tier does not take is not compiled for it.
+        if const { S::REGISTERS.block.1 >= 3 } {
+            match self.panels {
+                3 => return self.panels::<S, A, T, 3>(s),
+                2 => return self.panels::<S, A, T, 2>(s),
+                _ => {}
+            }
+        }
+        self.panels::<S, A, T, 1>(s);
     }
 
     #[inline(always)]
-    fn all_rows<S: Simd, const P: usize, const FLUSH: bool>(&mut self, s: S) {
+    fn panels<S: Simd, A: Terms<S>, const T: usize, const P: usize>(&mut self, s: S) {
+        if self.flush { self.all_rows::<S, A, T, P, true>(s) } else { self.all_rows::<S, A, T, P, false>(s) }
+    }
+
+    #[inline(always)]
+    fn all_rows<S: Simd, A: Terms<S>, const T: usize, const P: usize, const FLUSH: bool>(&mut self, s: S) {
         let mut r = 0;
         while const { S::REGISTERS.block.0 == 8 && !FLUSH } && self.rows - r >= 8 {
-            self.registers::<S, 8, P, FLUSH>(s, r);
+            self.registers::<S, A, T, 8, P, FLUSH>(s, r);
             r += 8;
         }
         while const { S::REGISTERS.block.0 == 6 && !FLUSH } && self.rows - r >= 6 {
-            self.registers::<S, 6, P, FLUSH>(s, r);
+            self.registers::<S, A, T, 6, P, FLUSH>(s, r);
             r += 6;
         }
         while const { S::REGISTERS.block.0 >= 4 && !FLUSH } && self.rows - r >= 4 {
-            self.registers::<S, 4, P, FLUSH>(s, r);
+            self.registers::<S, A, T, 4, P, FLUSH>(s, r);
             r += 4;
         }
         while self.rows - r >= 2 {
-            self.registers::<S, 2, P, FLUSH>(s, r);
+            self.registers::<S, A, T, 2, P, FLUSH>(s, r);
             r += 2;
         }
         if r < self.rows {
-            self.registers::<S, 1, P, FLUSH>(s, r);
+            self.registers::<S, A, T, 1, P, FLUSH>(s, r);
         }
     }
 
     /// R rows by P panels: one chain of each output at a time stays in registers, first the even k of a step, then the odd.
     #[inline(always)]
-    fn registers<S: Simd, const R: usize, const P: usize, const FLUSH: bool>(&mut self, s: S, row: usize) {
-        let decoded = self.decoded.as_chunks::<P>().0.as_chunks::<STEP>().0;
-        let mut x_rows: [&[[f32; STEP]]; R] = [&[]; R];
+    fn registers<S: Simd, A: Terms<S>, const T: usize, const R: usize, const P: usize, const FLUSH: bool>(
+        &mut self,
+        s: S,
+        row: usize,
+    ) {
+        let decoded = self.decoded.as_chunks::<P>().0.as_chunks::<T>().0;
+        let mut x_rows: [&[[f32; T]]; R] = [&[]; R];
         for (r, x_row) in x_rows.iter_mut().enumerate() {
             *x_row = &self.x[(row + r) * self.stride..].as_chunks().0[..decoded.len()];
         }
@@ -245,12 +290,12 @@ impl Multiply<'_> {
             }
         };
         for (step, decoded) in decoded.iter().enumerate() {
-            let mut x: [&[f32; STEP]; R] = [&[0.0; STEP]; R];
+            let mut x: [&[f32; T]; R] = [&[0.0; T]; R];
             for r in 0..R {
                 x[r] = &x_rows[r][step];
             }
-            let even = chains::<S, R, P, 0, FLUSH>(s, &x, decoded);
-            let odd = chains::<S, R, P, 1, FLUSH>(s, &x, decoded);
+            let even = chains::<S, A, T, R, P, 0, FLUSH>(s, &x, decoded);
+            let odd = chains::<S, A, T, R, P, 1, FLUSH>(s, &x, decoded);
             for p in 0..P {
                 let sums = &mut sums[p * stride + at..][..R];
                 for r in 0..R {
@@ -269,13 +314,13 @@ impl Multiply<'_> {
 }
 
 #[inline(always)]
-fn chains<S: Simd, const R: usize, const P: usize, const ODD: usize, const FLUSH: bool>(
+fn chains<S: Simd, A: Terms<S>, const T: usize, const R: usize, const P: usize, const ODD: usize, const FLUSH: bool>(
     s: S,
-    x: &[&[f32; STEP]; R],
-    decoded: &[[[f32; LANES]; P]; STEP],
+    x: &[&[f32; T]; R],
+    decoded: &[[[f32; LANES]; P]; T],
 ) -> [[S::V; P]; R] {
     let mut chains = [[s.splat(0.0); P]; R];
-    for i in 0..STEP / 2 {
+    for i in 0..T / 2 {
         let k = 2 * i + ODD;
         let mut w = [s.splat(0.0); P];
         for p in 0..P {
@@ -284,7 +329,7 @@ fn chains<S: Simd, const R: usize, const P: usize, const ODD: usize, const FLUSH
         for r in 0..R {
             let x = s.splat(x[r][k]);
             for p in 0..P {
-                chains[r][p] = flushed::<S, FLUSH>(s, s.fma(x, w[p], chains[r][p]));
+                chains[r][p] = flushed::<S, FLUSH>(s, A::fma(s, x, w[p], chains[r][p]));
             }
         }
     }

@@ -2,19 +2,25 @@
 #![allow(unsafe_code)] // intrinsics of features that the token proves
 
 use super::Kernel;
-use crate::cpu::isa::Avx512Token;
+use crate::cpu::isa::{Avx512Token, Bf16Token};
 use crate::cpu::knobs::{self, Registers};
 use crate::cpu::simd::{Fp8Bits, LANES, LINE, Simd};
 use std::arch::x86_64::*;
 
-/// A machine with AVX-512.
+/// A machine with AVX-512, and with AVX-512 BF16 and VBMI if `BF16`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Avx512(#[allow(dead_code)] Avx512Token);
+pub(super) struct Avx512<const BF16: bool>(#[allow(dead_code)] Avx512Token);
 
 /// Compiles a kernel for AVX-512.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 pub(super) fn run(token: Avx512Token, kernel: impl Kernel) {
-    kernel.run(Avx512(token));
+    kernel.run(Avx512::<false>(token));
+}
+
+impl Avx512<true> {
+    pub(super) fn of(token: Bf16Token) -> Self {
+        Avx512(token.avx512())
+    }
 }
 
 /// One intrinsic that reads and writes registers only.
@@ -25,11 +31,11 @@ macro_rules! op {
     };
 }
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type V = __m512;
     type W = __m512i;
 
-    const REGISTERS: Registers = knobs::AVX512;
+    const REGISTERS: Registers = if BF16 { knobs::AVX512_BF16 } else { knobs::AVX512 };
     const FP4_POWER: i32 = 0;
 
     #[inline(always)]
@@ -158,7 +164,7 @@ impl Simd for Avx512 {
     }
 }
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     /// Value of the E2M1 code in bits `SHIFT..SHIFT + 4` of each word.
     #[inline(always)]
     fn nibble<const SHIFT: u32>(self, words: __m512i) -> __m512 {
@@ -171,7 +177,7 @@ impl Avx512 {
 
     /// Sixteen bytes as words.
     #[inline(always)]
-    fn bytes(self, bytes: &[u8; LANES]) -> __m512i {
+    pub(super) fn bytes(self, bytes: &[u8; LANES]) -> __m512i {
         // SAFETY: `bytes` is 16 readable bytes; the load asks for no alignment. The feature: as `op`.
         let bytes = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
         op!(_mm512_cvtepu8_epi32(bytes))

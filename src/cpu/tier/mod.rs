@@ -6,13 +6,19 @@ pub(crate) mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
 #[cfg(feature = "limits")]
 pub(super) mod limits;
+mod pairs;
 mod portable;
 
-use super::isa::{AmxToken, Avx2Token, Avx512Token, Isa};
+use super::isa::{AmxToken, Avx2Token, Avx512Token, Bf16Token, Isa};
 use super::simd::Simd;
 use portable::Portable;
+
+pub(crate) use pairs::PairKernel;
+pub(in crate::cpu) use pairs::pairs_in_order;
 
 /// A computation written once for every machine. Implementations mark `run`, and what it calls in its inner loop,
 /// `#[inline(always)]`: only what is inlined is compiled with the tier's features.
@@ -29,6 +35,8 @@ pub(crate) enum Tier {
     Portable(Avx2Token),
     Avx2(Avx2Token),
     Avx512(Avx512Token),
+    /// Pairs for matmul of what bf16 holds, AVX-512 for everything else.
+    Avx512Bf16(Bf16Token),
     /// Tiles for matmul of what bf16 holds, AVX-512 for everything else.
     Amx(AmxToken),
 }
@@ -40,6 +48,7 @@ impl Tier {
             Isa::Portable => Some(Avx2Token::detect().map_or(Tier::Baseline, Tier::Portable)),
             Isa::Avx2 => Avx2Token::detect().map(Tier::Avx2),
             Isa::Avx512 => Avx512Token::detect().map(Tier::Avx512),
+            Isa::Avx512Bf16 => Bf16Token::detect().ok().map(Tier::Avx512Bf16),
             Isa::Amx => AmxToken::detect().ok().map(Tier::Amx),
         }
     }
@@ -49,6 +58,7 @@ impl Tier {
             Tier::Baseline | Tier::Portable(_) => Isa::Portable,
             Tier::Avx2(_) => Isa::Avx2,
             Tier::Avx512(_) => Isa::Avx512,
+            Tier::Avx512Bf16(_) => Isa::Avx512Bf16,
             Tier::Amx(_) => Isa::Amx,
         }
     }
@@ -57,6 +67,14 @@ impl Tier {
     pub(crate) fn amx(self) -> Option<AmxToken> {
         match self {
             Tier::Amx(token) => Some(token),
+            _ => None,
+        }
+    }
+
+    /// The right to multiply pairs, if this tier has it.
+    pub(crate) fn pairs(self) -> Option<Bf16Token> {
+        match self {
+            Tier::Avx512Bf16(token) => Some(token),
             _ => None,
         }
     }
@@ -80,6 +98,11 @@ impl Tier {
                 unsafe { avx512::run(token, kernel) }
             }
             #[cfg(target_arch = "x86_64")]
+            Tier::Avx512Bf16(token) => {
+                // SAFETY: as above; the token holds that of AVX-512.
+                unsafe { avx512::run(token.avx512(), kernel) }
+            }
+            #[cfg(target_arch = "x86_64")]
             Tier::Amx(token) => {
                 // SAFETY: as above; the token holds that of AVX-512.
                 unsafe { avx512::run(token.avx512(), kernel) }
@@ -97,7 +120,7 @@ impl Tier {
             #[cfg(target_arch = "x86_64")]
             Tier::Avx2(_) => of::<avx2::Avx2>(),
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512(_) | Tier::Amx(_) => of::<avx512::Avx512>(),
+            Tier::Avx512(_) | Tier::Avx512Bf16(_) | Tier::Amx(_) => of::<avx512::Avx512<false>>(),
             _ => of::<Portable>(),
         }
     }
