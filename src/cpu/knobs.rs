@@ -137,7 +137,8 @@ pub(crate) const AVX512: Registers =
     Registers { block: (8, 3), decode_rows: 16, decode_panels: [4, 2, 2, 2, 2, 2, 2, 2], chains: 16 };
 
 /// Where pairs of bf16 are multiplied: the same registers hold the same.
-pub(crate) const AVX512_BF16: Registers = AVX512;
+pub(crate) const AVX512_BF16: Registers =
+    Registers { block: AVX512.block, decode_rows: 16, decode_panels: [4, 2, 2, 2, 1, 1, 1, 1], chains: 16 };
 
 /// Most rows that the decode kernel multiplies while their sums are in registers: with two chains and a panel they are 16.
 pub(crate) const DECODE_ROWS_AT_ONCE: usize = 8;

@@ -112,24 +112,31 @@ pub(crate) trait Simd: Copy {
 
 /// Machines that multiply bf16 in pairs: words of two, of which the high one comes first in a chain. A chain of even or odd k takes
 /// two of its elements at once, so pairs are of k and k + 2: eight k in a row are the pairs (0, 2), (1, 3), (4, 6), (5, 7).
+///
+/// Decoded weights come as two times two registers: of pairs (0, 2) and (1, 3), then of the others; in each sixteen bytes of a register
+/// an even and an odd chain of two columns, columns 0, 1, 4, 5, ... in the first, 2, 3, 6, 7, ... in the second.
 pub(crate) trait Pairs: Simd {
     /// `a.low * b.low + (a.high * b.high + c)`, each sum rounded once. No element, product or sum is subnormal, infinite or NaN: with
     /// others it may be anything.
     fn fma_pairs(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Two words in turn.
+    fn splat_two(self, words: &[f32; 2]) -> Self::V;
+    /// Sixteen columns of the even and of the odd chain, from two registers of both.
+    fn sorted(self, mixed: [Self::V; 2]) -> [Self::V; 2];
     /// Pairs of f32 that bf16 holds.
     fn pair(self, high: Self::V, low: Self::V) -> Self::V;
     /// The values of [`Simd::fp4`], without a power of two: -0 may become +0.
-    fn fp4_pairs(self, line: &[u8; LINE]) -> [Self::V; 4];
+    fn fp4_pairs(self, line: &[u8; LINE]) -> [[Self::V; 2]; 2];
     /// The same times E8M0 scales, where no product leaves bf16's normal range.
-    fn mxfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [Self::V; 4];
-    /// The same times E4M3FN scales, codes 0 to 0x7E.
-    fn nvfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [Self::V; 4];
+    fn mxfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [[Self::V; 2]; 2];
+    /// The same times E4M3FN scales, codes 0 to 0x7E, of this one of two blocks.
+    fn nvfp4_pairs(self, line: &[u8; LINE], scales: &[[u8; LANES]; 2], block: usize) -> [[Self::V; 2]; 2];
     /// FP8 codes in two lines, as [`Simd::fp8`] has them.
-    fn fp8_pairs(self, lines: &[[u8; LINE]; 2], bits: Fp8Bits) -> [Self::V; 4];
+    fn fp8_pairs(self, lines: &[[u8; LINE]; 2], bits: Fp8Bits) -> [[Self::V; 2]; 2];
     /// bf16 in four lines, as [`Simd::bf16`] has them.
-    fn bf16_pairs(self, lines: &[[u8; LINE]; 4]) -> [Self::V; 4];
+    fn bf16_pairs(self, lines: &[[u8; LINE]; 4]) -> [[Self::V; 2]; 2];
     /// Both of each pair times E8M0 scales, where no product leaves bf16's normal range.
-    fn scale_pairs(self, pairs: [Self::V; 4], scales: &[u8; LANES]) -> [Self::V; 4];
+    fn scale_pairs(self, pairs: [[Self::V; 2]; 2], scales: &[u8; LANES]) -> [[Self::V; 2]; 2];
 }
 
 #[cfg(test)]

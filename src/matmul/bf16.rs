@@ -35,7 +35,6 @@ impl Kernel for LoadBf16<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         let LoadBf16 { x, rows, first, steps, pairs, out, range } = self;
-        let ordered = |bits| if pairs { paired(bits) } else { bits };
         let height = out.len() / (pitch(steps) * STEP).max(1);
         let out = out.as_chunks_mut::<STEP>().0;
         let mut seen = Magnitudes::NONE;
@@ -48,7 +47,7 @@ impl Kernel for LoadBf16<'_> {
                     let mut last = [bf16::ZERO; STEP];
                     last[..rest.len()].copy_from_slice(rest);
                     for (to, x) in places.zip(whole.iter().chain([&last])) {
-                        *to = ordered(seen.see(std::array::from_fn(|i| x[i].to_bits())));
+                        *to = ordered(pairs, seen.see(std::array::from_fn(|i| x[i].to_bits())));
                     }
                 }
                 Activations::Quantized(x) => {
@@ -56,7 +55,7 @@ impl Kernel for LoadBf16<'_> {
                         let mut values = [0.0; STEP];
                         let valid = STEP.min(x.k() - step * STEP);
                         x.decode_from(source, step * STEP, &mut values[..valid]);
-                        *to = ordered(seen.see(values.map(|v| (v.to_bits() >> 16) as u16)));
+                        *to = ordered(pairs, seen.see(values.map(|v| (v.to_bits() >> 16) as u16)));
                     }
                 }
                 // Plans for others do not load bf16.
@@ -69,9 +68,12 @@ impl Kernel for LoadBf16<'_> {
     }
 }
 
-/// A step as words of k and k + 2, the first one high.
+/// A step as it is, or as words of k and k + 2, the first one high.
 #[inline(always)]
-fn paired(bits: [u16; STEP]) -> [u16; STEP] {
+fn ordered(pairs: bool, bits: [u16; STEP]) -> [u16; STEP] {
+    if !pairs {
+        return bits;
+    }
     let mut words = [0; STEP];
     for (words, bits) in words.as_chunks_mut::<4>().0.iter_mut().zip(bits.as_chunks::<4>().0) {
         *words = [bits[2], bits[0], bits[3], bits[1]];

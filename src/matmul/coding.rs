@@ -39,11 +39,11 @@ pub(super) trait Coding: Copy + Sync {
     fn values<S: Simd>(self, s: S, line: &[u8; LINE], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K];
 
     /// Values of eight k, the `i`-th of a step, in these lines, as pairs; but for what [`Coding::add`] does.
-    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; 4];
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [[S::V; 2]; 2];
 
     /// As [`Coding::pairs`], code x block scale.
     #[inline(always)]
-    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; 4] {
+    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [[S::V; 2]; 2] {
         self.pairs(s, lines, i, scales)
     }
 }
@@ -119,13 +119,13 @@ impl Coding for Mxfp4 {
     }
 
     #[inline(always)]
-    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [S::V; 4] {
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [[S::V; 2]; 2] {
         const { assert!(S::FP4_POWER == 0, "sums of pairs are not short of a power of two") };
         s.fp4_pairs(&lines[0])
     }
 
     #[inline(always)]
-    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, scales: &[[u8; LANES]]) -> [S::V; 4] {
+    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, scales: &[[u8; LANES]]) -> [[S::V; 2]; 2] {
         s.mxfp4_pairs(&lines[0], &scales[0])
     }
 }
@@ -159,8 +159,8 @@ impl Coding for Nvfp4 {
     }
 
     #[inline(always)]
-    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; 4] {
-        s.nvfp4_pairs(&lines[0], &scales[i / 2])
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [[S::V; 2]; 2] {
+        s.nvfp4_pairs(&lines[0], &scales.as_chunks().0[0], i / 2)
     }
 }
 
@@ -185,7 +185,7 @@ impl Coding for Bf16 {
     }
 
     #[inline(always)]
-    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [S::V; 4] {
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [[S::V; 2]; 2] {
         s.bf16_pairs(&lines.as_chunks().0[0])
     }
 }
@@ -215,7 +215,7 @@ impl Coding for Fp8Plain {
     }
 
     #[inline(always)]
-    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [S::V; 4] {
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [[S::V; 2]; 2] {
         s.fp8_pairs(&lines.as_chunks().0[0], self.0)
     }
 }
@@ -246,12 +246,12 @@ impl Coding for Mxfp8 {
     }
 
     #[inline(always)]
-    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [S::V; 4] {
+    fn pairs<S: Pairs>(self, s: S, lines: &[[u8; LINE]], _: usize, _: &[[u8; LANES]]) -> [[S::V; 2]; 2] {
         s.fp8_pairs(&lines.as_chunks().0[0], self.0)
     }
 
     #[inline(always)]
-    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; 4] {
+    fn paired_values<S: Pairs>(self, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [[S::V; 2]; 2] {
         s.scale_pairs(self.pairs(s, lines, i, scales), &scales[0])
     }
 }

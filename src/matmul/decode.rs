@@ -211,7 +211,7 @@ impl<C: Coding> Piece<'_, C> {
             };
             for p in 0..P {
                 for r in 0..R {
-                    acc[p][r] = self.coding.add(s, s.add(even[p][r], odd[p][r]), acc[p][r], step_scales[p]);
+                    acc[p][r] = self.coding.add(s, A::sum(s, [even[p][r], odd[p][r]]), acc[p][r], step_scales[p]);
                 }
             }
         }
@@ -243,28 +243,32 @@ fn chains<
     next: &mut [*const u8; P],
 ) -> [[[S::V; R]; P]; 2] {
     let mut chains = [[[s.splat(0.0); R]; P]; 2];
-    for unit in 0..A::UNITS {
-        // Written out: the chains of a loop that the compiler leaves a loop are in memory.
-        macro_rules! panels {
-            ($($p:literal)*) => {$(
-                if const { $p < P } {
-                    for _ in 0..const { if FROM == 0 { A::LINES } else { 0 } } {
-                        s.prefetch(next[$p]);
-                        next[$p] = next[$p].wrapping_add(LINE);
-                    }
-                    let values = A::unscaled(coding, s, &lines[$p][unit * A::LINES..], unit, scales[$p]);
-                    for i in 0..A::WORDS / 2 {
-                        for odd in FROM..TO {
-                            for r in 0..R {
-                                let x = s.splat(x[r][unit * A::WORDS + 2 * i + odd]);
-                                chains[odd][$p][r] = A::fma(s, x, values[2 * i + odd], chains[odd][$p][r]);
-                            }
+    // Written out: the chains of a loop that the compiler leaves a loop are in memory.
+    macro_rules! panels {
+        ($unit:expr, $($p:literal)*) => {$(
+            if const { $p < P } {
+                for _ in 0..const { if FROM == 0 { A::LINES } else { 0 } } {
+                    s.prefetch(next[$p]);
+                    next[$p] = next[$p].wrapping_add(LINE);
+                }
+                let values = A::unscaled(coding, s, &lines[$p][$unit * A::LINES..], $unit, scales[$p]);
+                for i in 0..A::WORDS / 2 {
+                    for odd in FROM..TO {
+                        for r in 0..R {
+                            let x = A::x(s, x[r], $unit * A::WORDS + 2 * i + odd);
+                            chains[odd][$p][r] = A::fma(s, x, values[2 * i + odd], chains[odd][$p][r]);
                         }
                     }
                 }
-            )*};
-        }
-        panels!(0 1 2 3);
+            }
+        )*};
+    }
+    const { assert!(A::UNITS.is_multiple_of(4)) };
+    for four in 0..A::UNITS / 4 {
+        panels!(4 * four, 0 1 2 3);
+        panels!(4 * four + 1, 0 1 2 3);
+        panels!(4 * four + 2, 0 1 2 3);
+        panels!(4 * four + 3, 0 1 2 3);
     }
     chains
 }

@@ -21,10 +21,17 @@ pub(super) trait Decoded<S: Simd, C: Coding>: Terms<S> {
     const WORDS: usize;
     const UNITS: usize;
 
-    /// The words of the `i`-th lines of a step, the first [`Decoded::WORDS`]; but for what [`Coding::add`] does.
+    /// Words of the `i`-th lines of a step, the first [`Decoded::WORDS`], but for what [`Coding::add`] does: of two chains in turn, each
+    /// multiplied by [`Decoded::x`] of the same index.
     fn unscaled(coding: C, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K];
 
-    /// The same, code x block scale.
+    /// The word of x, of those of a step, that a word of [`Decoded::unscaled`] is multiplied by.
+    fn x<const T: usize>(s: S, words: &[f32; T], i: usize) -> S::V;
+
+    /// The sum of the even and the odd chain, from the two chains.
+    fn sum(s: S, chains: [S::V; 2]) -> S::V;
+
+    /// Words of the `i`-th lines of a step, code x block scale, of the even and the odd chain in turn.
     fn values(coding: C, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K];
 }
 
@@ -49,12 +56,22 @@ impl<S: Simd, C: Coding> Decoded<S, C> for Single {
     }
 
     #[inline(always)]
+    fn x<const T: usize>(s: S, words: &[f32; T], i: usize) -> S::V {
+        s.splat(words[i])
+    }
+
+    #[inline(always)]
+    fn sum(s: S, [even, odd]: [S::V; 2]) -> S::V {
+        s.add(even, odd)
+    }
+
+    #[inline(always)]
     fn values(coding: C, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
         coding.values(s, &lines[0], i, scales)
     }
 }
 
-/// Pairs of bf16: eight k are four words.
+/// Pairs of bf16: eight k are four words. Both chains of half of the columns are one chain of the decode kernel.
 pub(super) struct Paired;
 
 impl<S: Pairs> Terms<S> for Paired {
@@ -71,13 +88,25 @@ impl<S: Pairs, C: Coding> Decoded<S, C> for Paired {
 
     #[inline(always)]
     fn unscaled(coding: C, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
-        let [a, b, c, d] = coding.pairs(s, lines, i, scales);
+        let [[a, b], [c, d]] = coding.pairs(s, lines, i, scales);
         [a, b, c, d, a, b, c, d]
     }
 
     #[inline(always)]
+    fn x<const T: usize>(s: S, words: &[f32; T], i: usize) -> S::V {
+        s.splat_two(&words.as_chunks().0[i / 2])
+    }
+
+    #[inline(always)]
+    fn sum(s: S, chains: [S::V; 2]) -> S::V {
+        let [even, odd] = s.sorted(chains);
+        s.add(even, odd)
+    }
+
+    #[inline(always)]
     fn values(coding: C, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
-        let [a, b, c, d] = coding.paired_values(s, lines, i, scales);
+        let [ab, cd] = coding.paired_values(s, lines, i, scales);
+        let ([a, b], [c, d]) = (s.sorted(ab), s.sorted(cd));
         [a, b, c, d, a, b, c, d]
     }
 }

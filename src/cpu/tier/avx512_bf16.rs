@@ -5,7 +5,7 @@ use super::PairKernel;
 use super::avx512::Avx512;
 use crate::cpu::isa::Bf16Token;
 use crate::cpu::simd::{Fp8Bits, LANES, LINE, Pairs, Simd};
-use crate::num::F4E2M1x2;
+use crate::num::{F4E2M1x2, Fp8};
 use std::arch::x86_64::*;
 
 /// Compiles a kernel for AVX-512 with BF16 and VBMI.
@@ -26,21 +26,6 @@ macro_rules! op {
 #[repr(align(64))]
 struct Line([u8; LINE]);
 
-/// VPMULTISHIFTQB's offsets that bring the nibbles of four pairs, each to the low bits of its half of a word. What stands above them is
-/// not looked at.
-static NIBBLES: [Line; 4] = {
-    // Low half, high half.
-    const fn offsets(nibbles: [u8; 2]) -> Line {
-        let (mut line, mut i) = ([0; LINE], 0);
-        while i < LINE {
-            line[i] = (nibbles[i / 2 % 2] + 8 * (i as u8 % 2) + 32 * (i as u8 / 4 % 2)) % 64;
-            i += 1;
-        }
-        Line(line)
-    }
-    [offsets([4, 0]), offsets([20, 16]), offsets([12, 8]), offsets([28, 24])]
-};
-
 /// bf16 of the E2M1 codes; twice, because five bits of an index count.
 static FP4: Line = fp4(0, false);
 
@@ -53,6 +38,29 @@ static FP4_RAISED: Line = fp4(FP4_UP << 7, false);
 const NV_ONE: u16 = 0x7000;
 /// Powers of two of the E2M1 codes, [`NV_ONE`] being 1.0; bit 0 where the mantissa is 1.5.
 static FP4_POWERS: Line = fp4(NV_ONE - 0x3F80, true);
+
+/// What is to be subtracted for mantissa 1.5 more than for 1, by the mantissa of a normal scale; and, where the scale is zero or subnormal,
+/// what is to be subtracted for mantissa 1 and for 1.5, by code. Four times: five bits of an index count.
+static NV_SCALES: [Line; 3] = {
+    let (mut lines, mut i) = ([[0; LINE]; 3], 0);
+    while i < LINE / 2 {
+        let (below, normal) = (nv_down(i % 8), nv_down(8 + i % 8));
+        [lines[0][2 * i], lines[0][2 * i + 1]] = normal[1].wrapping_sub(normal[0]).to_le_bytes();
+        [lines[1][2 * i], lines[1][2 * i + 1]] = below[0].to_le_bytes();
+        [lines[2][2 * i], lines[2][2 * i + 1]] = below[1].to_le_bytes();
+        i += 1;
+    }
+    [Line(lines[0]), Line(lines[1]), Line(lines[2])]
+};
+
+/// [`NV_ONE`], or a bit more, less the bf16 of an E4M3FN scale or of 1.5 times it; all ones, more than there is, for a scale of 0.
+const fn nv_down(code: usize) -> [u16; 2] {
+    let scale = Fp8::E4M3Fn.values()[code];
+    if scale == 0.0 {
+        return [u16::MAX; 2];
+    }
+    [NV_ONE - (scale.to_bits() >> 16) as u16, NV_ONE + 1 - ((1.5 * scale).to_bits() >> 16) as u16]
+}
 
 const fn fp4(up: u16, powers: bool) -> Line {
     let (mut line, mut i) = ([0; LINE], 0);
@@ -68,26 +76,41 @@ const fn fp4(up: u16, powers: bool) -> Line {
     Line(line)
 }
 
-/// Which bytes of a line of four k of FP8 codes make, unpacked with others, the pairs (0, 2) and (1, 3): in each sixteen bytes eight words
-/// of the first pair, low half and high half in turn, and eight of the second.
+/// Which bytes of a line of four k of FP8 codes make, unpacked with others, the pairs (0, 2) and (1, 3) of four columns: in each sixteen
+/// bytes those of two columns and of two more, words of the low and of the high half in turn.
 static FP8: Line = {
     let (mut line, mut i) = ([0; LINE], 0);
     while i < LINE {
-        let (word, second) = (i / 16 * 8 + i % 8, i / 8 % 2);
+        let (column, odd) = (i / 4, i / 2 % 2);
         // The low half is of k 2 (and 3), which lie 32 bytes further.
-        line[i] = (2 * (word / 2) + second + 32 * (1 - word % 2)) as u8;
+        line[i] = (2 * column + odd + 32 * (1 - i % 2)) as u8;
         i += 1;
     }
     Line(line)
 };
 
+/// VDPBF16PS. Not its intrinsic: LLVM orders many of those so that sums and broadcasts go through memory; these stay in the order of the source.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn dot_pairs(a: __m512, b: __m512, mut c: __m512) -> __m512 {
+    // SAFETY: two registers are read, one is read and written, and nothing else; the function is compiled for the feature.
+    unsafe {
+        std::arch::asm!(
+            "vdpbf16ps {c}, {a}, {b}",
+            a = in(zmm_reg) a,
+            b = in(zmm_reg) b,
+            c = inlateout(zmm_reg) c,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    c
+}
+
 impl Pairs for Avx512<true> {
     #[inline(always)]
     fn fma_pairs(self, a: __m512, b: __m512, c: __m512) -> __m512 {
-        // SAFETY: a register of 64 bytes as another type of 64 bytes for which all bits are valid.
-        let (a, b) =
-            unsafe { (std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b)) };
-        op!(_mm512_dpbf16_ps(c, a, b))
+        // SAFETY: the features are among those that `Bf16Token` proves: `self` was made of one.
+        unsafe { dot_pairs(a, b, c) }
     }
 
     #[inline(always)]
@@ -97,106 +120,135 @@ impl Pairs for Avx512<true> {
     }
 
     #[inline(always)]
-    fn fp4_pairs(self, line: &[u8; LINE]) -> [__m512; 4] {
-        self.floats(self.looked_up(line, &FP4))
+    fn splat_two(self, words: &[f32; 2]) -> __m512 {
+        op!(_mm512_castpd_ps(_mm512_set1_pd(bytemuck::cast(*words))))
     }
 
     #[inline(always)]
-    fn mxfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [__m512; 4] {
+    fn sorted(self, [a, b]: [__m512; 2]) -> [__m512; 2] {
+        op!([_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b)])
+    }
+
+    #[inline(always)]
+    fn fp4_pairs(self, line: &[u8; LINE]) -> [[__m512; 2]; 2] {
+        self.paired(self.looked_up(line, &FP4))
+    }
+
+    #[inline(always)]
+    fn mxfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [[__m512; 2]; 2] {
         let up = op!(_mm512_set1_epi32(i32::from(FP4_UP) + 127));
         let down = op!(_mm512_sub_epi32(up, self.bytes(scales)));
         let down = op!(_mm512_or_si512(_mm512_slli_epi32::<7>(down), _mm512_slli_epi32::<23>(down)));
-        let mut pairs = self.looked_up(line, &FP4_RAISED);
-        for pair in &mut pairs {
-            *pair = op!(_mm512_subs_epu16(*pair, down));
+        let mut words = self.looked_up(line, &FP4_RAISED);
+        for words in &mut words {
+            *words = op!(_mm512_subs_epu16(*words, down));
         }
-        self.floats(pairs)
+        self.paired(words)
     }
 
     #[inline(always)]
-    fn nvfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [__m512; 4] {
-        // What is to be subtracted from elements of mantissa 1 and of mantissa 1.5: for a scale of 0 more than there is.
-        let scale = self.e4m3(scales);
-        let down = |one: u16, scale: __m512| {
-            let bits = op!(_mm512_srli_epi32::<16>(_mm512_castps_si512(scale)));
-            let down = op!(_mm512_sub_epi32(_mm512_set1_epi32(i32::from(one)), bits));
-            let zero = op!(_mm512_testn_epi32_mask(bits, bits));
-            let down = op!(_mm512_mask_set1_epi32(down, zero, 0xFFFF));
-            op!(_mm512_or_si512(_mm512_slli_epi32::<16>(down), down))
-        };
-        let (of_1, of_3) = (down(NV_ONE, scale), down(NV_ONE + 1, self.mul(scale, self.splat(1.5))));
-        let bit = op!(_mm512_set1_epi16(1));
-        let mut pairs = self.looked_up(line, &FP4_POWERS);
-        for pair in &mut pairs {
-            let down = op!(_mm512_mask_blend_epi16(_mm512_test_epi16_mask(*pair, bit), of_1, of_3));
-            *pair = op!(_mm512_subs_epu16(*pair, down));
+    fn nvfp4_pairs(self, line: &[u8; LINE], scales: &[[u8; LANES]; 2], block: usize) -> [[__m512; 2]; 2] {
+        let (down, bit) = (self.nv_down(scales)[block], op!(_mm512_set1_epi16(1)));
+        let mut words = self.looked_up(line, &FP4_POWERS);
+        for words in &mut words {
+            let down = op!(_mm512_mask_blend_epi16(_mm512_test_epi16_mask(*words, bit), down[0], down[1]));
+            *words = op!(_mm512_subs_epu16(*words, down));
         }
-        self.floats(pairs)
+        self.paired(words)
     }
 
     #[inline(always)]
-    fn fp8_pairs(self, lines: &[[u8; LINE]; 2], bits: Fp8Bits) -> [__m512; 4] {
+    fn fp8_pairs(self, lines: &[[u8; LINE]; 2], bits: Fp8Bits) -> [[__m512; 2]; 2] {
         let order = self.words(&FP8.0);
         let [low, high] = bits.halves;
-        let table = |bytes: &[u8; 2 * LINE]| [self.words(&bytes.as_chunks().0[0]), self.words(&bytes.as_chunks().0[1])];
-        let ([low, low_more], [high, high_more]) = (table(low), table(high));
+        let ([low, low_more], [high, high_more]) = (self.table(low), self.table(high));
         let sign = op!(_mm512_set1_epi8(i8::MIN));
-        let mut pairs = [order; 4];
-        for (pairs, line) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(lines) {
+        let mut pairs = [[self.splat(0.0); 2]; 2];
+        for (pairs, line) in pairs.iter_mut().zip(lines) {
             let codes = op!(_mm512_permutexvar_epi8(order, self.words(line)));
             // The look-up reads seven bits of each index.
             let low = op!(_mm512_permutex2var_epi8(low, codes, low_more));
             let high = op!(_mm512_permutex2var_epi8(high, codes, high_more));
             // high | (codes & sign)
             let high = op!(_mm512_ternarylogic_epi32::<0xF8>(high, codes, sign));
-            *pairs = [op!(_mm512_unpacklo_epi8(low, high)), op!(_mm512_unpackhi_epi8(low, high))];
+            let (first, last) = op!((_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)));
+            *pairs = op!([_mm512_castsi512_ps(first), _mm512_castsi512_ps(last)]);
         }
-        self.floats(pairs)
+        pairs
     }
 
     #[inline(always)]
-    fn bf16_pairs(self, lines: &[[u8; LINE]; 4]) -> [__m512; 4] {
-        let mut pairs = [self.words(&lines[0]); 4];
-        for (pairs, [first, second]) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(lines.as_chunks::<2>().0) {
-            let (first, second) = (self.words(first), self.words(second));
-            const HIGH: u32 = 0xAAAA_AAAA;
-            *pairs = [
-                op!(_mm512_mask_blend_epi16(HIGH, second, _mm512_slli_epi32::<16>(first))),
-                op!(_mm512_mask_blend_epi16(HIGH, _mm512_srli_epi32::<16>(second), first)),
-            ];
-        }
-        self.floats(pairs)
+    fn bf16_pairs(self, [a, b, c, d]: &[[u8; LINE]; 4]) -> [[__m512; 2]; 2] {
+        self.paired([self.words(a), self.words(b), self.words(c), self.words(d)])
     }
 
     #[inline(always)]
-    fn scale_pairs(self, mut pairs: [__m512; 4], scales: &[u8; LANES]) -> [__m512; 4] {
+    fn scale_pairs(self, pairs: [[__m512; 2]; 2], scales: &[u8; LANES]) -> [[__m512; 2]; 2] {
         let up = op!(_mm512_sub_epi32(self.bytes(scales), _mm512_set1_epi32(127)));
         let up = op!(_mm512_slli_epi32::<7>(up));
         let up = op!(_mm512_mask_blend_epi16(0xAAAA_AAAA, up, _mm512_slli_epi32::<16>(up)));
-        for pair in &mut pairs {
-            let words = op!(_mm512_castps_si512(*pair));
-            let some = op!(_mm512_test_epi16_mask(words, _mm512_set1_epi16(i16::MAX)));
-            *pair = op!(_mm512_castsi512_ps(_mm512_mask_add_epi16(words, some, words, up)));
+        let up = op!([_mm512_unpacklo_epi32(up, up), _mm512_unpackhi_epi32(up, up)]);
+        let mut scaled = pairs;
+        for pairs in &mut scaled {
+            for (pair, up) in pairs.iter_mut().zip(up) {
+                let words = op!(_mm512_castps_si512(*pair));
+                let some = op!(_mm512_test_epi16_mask(words, _mm512_set1_epi16(i16::MAX)));
+                *pair = op!(_mm512_castsi512_ps(_mm512_mask_add_epi16(words, some, words, up)));
+            }
         }
-        pairs
+        scaled
     }
 }
 
 impl Avx512<true> {
-    /// The pairs of a line of E2M1 codes by a table of words.
+    /// bf16 of the E2M1 codes of a line by a table: words of k and k + 1 (high) for each column, ascending k.
     #[inline(always)]
     fn looked_up(self, line: &[u8; LINE], table: &Line) -> [__m512i; 4] {
         let (words, table) = (self.words(line), self.words(&table.0));
-        let mut pairs = [words; 4];
-        for (pair, offsets) in pairs.iter_mut().zip(&NIBBLES) {
-            let index = op!(_mm512_multishift_epi64_epi8(self.words(&offsets.0), words));
-            *pair = op!(_mm512_permutexvar_epi16(index, table));
-        }
-        pairs
+        // The permutation reads the low five bits of each index: no mask.
+        op!([
+            _mm512_permutexvar_epi16(words, table),
+            _mm512_permutexvar_epi16(_mm512_srli_epi32::<4>(words), table),
+            _mm512_permutexvar_epi16(_mm512_srli_epi32::<8>(words), table),
+            _mm512_permutexvar_epi16(_mm512_srli_epi32::<12>(words), table),
+        ])
+    }
+
+    /// Words of k and k + 1 as pairs of k and k + 2.
+    #[inline(always)]
+    fn paired(self, [a, b, c, d]: [__m512i; 4]) -> [[__m512; 2]; 2] {
+        op!([
+            [_mm512_castsi512_ps(_mm512_unpacklo_epi16(b, a)), _mm512_castsi512_ps(_mm512_unpackhi_epi16(b, a))],
+            [_mm512_castsi512_ps(_mm512_unpacklo_epi16(d, c)), _mm512_castsi512_ps(_mm512_unpackhi_epi16(d, c))],
+        ])
+    }
+
+    /// What is to be subtracted from elements of mantissa 1 and of mantissa 1.5, in both words of each column, of both blocks. Both blocks'
+    /// scales are prepared at once, in words: normal ones are a subtraction away, the eight codes below come from tables.
+    #[inline(always)]
+    fn nv_down(self, scales: &[[u8; LANES]; 2]) -> [[__m512i; 2]; 2] {
+        // Of four columns the words of one block and of the other in turn, so that unpacking makes double words of each block's.
+        // SAFETY: 32 readable bytes; the load asks for no alignment. The feature: as `op`.
+        let codes = unsafe { _mm256_loadu_si256(scales.as_ptr().cast()) };
+        let turns = op!(_mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        let codes = op!(_mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(codes, turns)));
+        let below = op!(_mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x78)));
+        // A normal scale's code is its bf16 less 0x3C00, four bits lower.
+        let of_1 = op!(_mm512_sub_epi16(_mm512_set1_epi16((NV_ONE - 0x3C00) as i16), _mm512_slli_epi16::<4>(codes)));
+        let [more, below_1, below_3] = &NV_SCALES;
+        let (more, below_1, below_3) = (self.words(&more.0), self.words(&below_1.0), self.words(&below_3.0));
+        let more = op!(_mm512_add_epi16(of_1, _mm512_permutexvar_epi16(codes, more)));
+        let of_1 = op!(_mm512_mask_permutexvar_epi16(of_1, below, codes, below_1));
+        let of_3 = op!(_mm512_mask_permutexvar_epi16(more, below, codes, below_3));
+        op!([
+            [_mm512_unpacklo_epi16(of_1, of_1), _mm512_unpacklo_epi16(of_3, of_3)],
+            [_mm512_unpackhi_epi16(of_1, of_1), _mm512_unpackhi_epi16(of_3, of_3)],
+        ])
     }
 
     #[inline(always)]
-    fn floats(self, [a, b, c, d]: [__m512i; 4]) -> [__m512; 4] {
-        op!([_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), _mm512_castsi512_ps(c), _mm512_castsi512_ps(d)])
+    fn table(self, bytes: &[u8; 2 * LINE]) -> [__m512i; 2] {
+        let halves = bytes.as_chunks().0;
+        [self.words(&halves[0]), self.words(&halves[1])]
     }
 }

@@ -84,8 +84,8 @@ mod tests {
     const K: [[usize; 2]; 4] = [[0, 2], [1, 3], [4, 6], [5, 7]];
 
     /// Pairs against the values of eight k, zeros of any sign being the same.
-    fn same<S: Simd>(s: S, pairs: [S::V; 4], want: impl Fn(usize, usize) -> f32, what: &str) {
-        for (pair, k) in pairs.into_iter().zip(K) {
+    fn same<S: Pairs>(s: S, pairs: [[S::V; 2]; 2], want: impl Fn(usize, usize) -> f32, what: &str) {
+        for (pair, k) in pairs.into_iter().flat_map(|pairs| s.sorted(pairs)).zip(K) {
             for (half, k) in halves(s, pair).into_iter().zip(k) {
                 let want: [f32; LANES] = std::array::from_fn(|l| want(k, l));
                 assert_eq!(half, want, "{what}, k {k}");
@@ -109,9 +109,14 @@ mod tests {
                     same(s, s.mxfp4_pairs(&codes, &scales), |k, l| nibble(&codes, k, l) * power(l), "MXFP4");
                 }
                 for scale in 0..=0x7Eu8 {
-                    let scales: [u8; LANES] = std::array::from_fn(|l| ((u32::from(scale) + l as u32) % 0x7F) as u8);
-                    let times = |l: usize| F8E4M3Fn::from_bits(scales[l]).to_f32();
-                    same(s, s.nvfp4_pairs(&codes, &scales), |k, l| nibble(&codes, k, l) * times(l), "NVFP4");
+                    let scale = |i: usize| ((usize::from(scale) + i) % 0x7F) as u8;
+                    let scales: [[u8; LANES]; 2] =
+                        [std::array::from_fn(scale), std::array::from_fn(|l| scale(100 - l))];
+                    for (block, scales_of) in scales.iter().enumerate() {
+                        let times = |l: usize| F8E4M3Fn::from_bits(scales_of[l]).to_f32();
+                        let pairs = s.nvfp4_pairs(&codes, &scales, block);
+                        same(s, pairs, |k, l| nibble(&codes, k, l) * times(l), "NVFP4");
+                    }
                 }
             }
             for (element, first) in Fp8::ALL.into_iter().flat_map(|e| (0..=255u8).step_by(64).map(move |f| (e, f))) {
@@ -136,6 +141,9 @@ mod tests {
                 bf16::from_le_bytes([words[k / 2][at], words[k / 2][at + 1]]).to_f32()
             };
             same(s, s.bf16_pairs(&words), value, "bf16");
+            let mut turns = [0.0; LANES];
+            s.store(s.splat_two(&[1.5, -2.0]), &mut turns);
+            assert_eq!(turns.as_chunks().0, [[1.5, -2.0]; LANES / 2]);
             let (high, low) = ([1.5; LANES], std::array::from_fn(|l| l as f32 - 3.0));
             assert_eq!(halves(s, s.pair(s.load(&high), s.load(&low))), [high, low]);
         }
