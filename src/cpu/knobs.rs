@@ -136,9 +136,9 @@ pub(crate) const AVX2: Registers =
 pub(crate) const AVX512: Registers =
     Registers { block: (8, 3), decode_rows: 16, decode_panels: [4, 2, 2, 2, 2, 2, 2, 2], chains: 16 };
 
-/// Where pairs of bf16 are multiplied: the same registers hold the same.
-pub(crate) const AVX512_BF16: Registers =
-    Registers { block: AVX512.block, decode_rows: 16, decode_panels: [4, 2, 2, 2, 1, 1, 1, 1], chains: 16 };
+/// Pairs of bf16: the same block. Half as many products need fewer chains, and their decoding more registers: two panels in step, one with
+/// four rows or more.
+pub(crate) const AVX512_BF16: Registers = Registers { decode_panels: [2, 2, 2, 1, 1, 1, 1, 1], ..AVX512 };
 
 /// Most rows that the decode kernel multiplies while their sums are in registers: with two chains and a panel they are 16.
 pub(crate) const DECODE_ROWS_AT_ONCE: usize = 8;

@@ -263,12 +263,15 @@ fn chains<
             }
         )*};
     }
-    const { assert!(A::UNITS.is_multiple_of(4)) };
-    for four in 0..A::UNITS / 4 {
-        panels!(4 * four, 0 1 2 3);
-        panels!(4 * four + 1, 0 1 2 3);
-        panels!(4 * four + 2, 0 1 2 3);
-        panels!(4 * four + 3, 0 1 2 3);
+    if const { A::UNITS == 4 && R <= A::UNROLLED_ROWS } {
+        panels!(0, 0 1 2 3);
+        panels!(1, 0 1 2 3);
+        panels!(2, 0 1 2 3);
+        panels!(3, 0 1 2 3);
+    } else {
+        for unit in 0..A::UNITS {
+            panels!(unit, 0 1 2 3);
+        }
     }
     chains
 }

@@ -111,11 +111,6 @@ impl Plan {
         let amx = cpu.tier().amx().filter(|_| in_bf16 && amx::takes(tile, w.k()));
         let pairs = cpu.tier().pairs().filter(|_| in_bf16);
         let (block, decode_rows) = cpu.tier().block();
-        let decode_rows = if pairs.is_some() {
-            std::env::var("DR").ok().and_then(|v| v.parse().ok()).unwrap_or(decode_rows)
-        } else {
-            decode_rows
-        };
         let (blocking, panels, threads) = (cpu.blocking(), w.panels().max(1), cpu.parallelism().threads().max(1));
         let rows = blocking.rows.min(m.max(1));
         // What a kernel walks together stays together if every thread has a task all the same.

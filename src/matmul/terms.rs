@@ -20,6 +20,9 @@ pub(super) trait Decoded<S: Simd, C: Coding>: Terms<S> {
     const LINES: usize;
     const WORDS: usize;
     const UNITS: usize;
+    /// Most rows with which four of them are written out: what they share is prepared once, but a compiler that orders the products itself
+    /// may run out of registers.
+    const UNROLLED_ROWS: usize;
 
     /// Words of the `i`-th lines of a step, the first [`Decoded::WORDS`], but for what [`Coding::add`] does: of two chains in turn, each
     /// multiplied by [`Decoded::x`] of the same index.
@@ -49,6 +52,8 @@ impl<S: Simd, C: Coding> Decoded<S, C> for Single {
     const LINES: usize = 1;
     const WORDS: usize = C::K;
     const UNITS: usize = C::LINES;
+    // NVFP4 shares more.
+    const UNROLLED_ROWS: usize = if C::SCALES == 2 { 8 } else { 7 };
 
     #[inline(always)]
     fn unscaled(coding: C, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
@@ -85,6 +90,7 @@ impl<S: Pairs, C: Coding> Decoded<S, C> for Paired {
     const LINES: usize = C::LINES / 4;
     const WORDS: usize = 4;
     const UNITS: usize = 4;
+    const UNROLLED_ROWS: usize = 8;
 
     #[inline(always)]
     fn unscaled(coding: C, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K] {
