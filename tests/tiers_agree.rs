@@ -523,6 +523,9 @@ fn explained() {
         assert_eq!(one.contains("Decode kernel"), decodes, "{one}");
         assert!(one.contains(&format!("on {}", cpu.isa())) && one.contains("packed layout v3"), "{one}");
         assert!(text(512).contains("Prefill kernel"));
+        for m in [1, 512] {
+            assert_eq!(text(m).contains("pairs of bf16"), cpu.isa() == Isa::Avx512Bf16, "{}", text(m));
+        }
         // Rows that fill at most one tile, and more.
         let amx = cpu.isa() == Isa::Amx;
         for (m, kernel) in [(1, "AMX decode kernel"), (16, "AMX decode kernel"), (17, "AMX prefill kernel")] {

@@ -174,19 +174,22 @@ pub enum Peak {
     Avx2F32,
     /// f32 fused multiply-adds in 512-bit registers.
     Avx512F32,
+    /// bf16 products in pairs with f32 sums in 512-bit registers.
+    Avx512Bf16,
     /// bf16 products with f32 sums in AMX tiles.
     AmxBf16,
 }
 
 impl Peak {
     /// All of them, ascending.
-    pub const ALL: [Peak; 3] = [Peak::Avx2F32, Peak::Avx512F32, Peak::AmxBf16];
+    pub const ALL: [Peak; 4] = [Peak::Avx2F32, Peak::Avx512F32, Peak::Avx512Bf16, Peak::AmxBf16];
 
     /// Name for tables.
     pub const fn name(self) -> &'static str {
         match self {
             Peak::Avx2F32 => "AVX2 FMA f32",
             Peak::Avx512F32 => "AVX-512 FMA f32",
+            Peak::Avx512Bf16 => "AVX-512 bf16 pairs",
             Peak::AmxBf16 => "AMX bf16",
         }
     }
@@ -195,6 +198,7 @@ impl Peak {
         match self {
             Peak::Avx2F32 => Loop::avx2(),
             Peak::Avx512F32 => Loop::avx512(),
+            Peak::Avx512Bf16 => Loop::avx512_bf16(),
             Peak::AmxBf16 => Loop::amx(),
         }
     }

@@ -111,13 +111,17 @@ mod tests {
     use crate::cpu::{Cpu, Smallest};
     use crate::view::MatRef;
 
-    /// Tiles of these rows, and what was seen of them.
+    /// A tile of these rows, and what was seen of them.
     fn load(x: &[f32], m: usize) -> (Vec<u16>, Range) {
+        load_as(x, m, false)
+    }
+
+    fn load_as(x: &[f32], m: usize, pairs: bool) -> (Vec<u16>, Range) {
         let (k, x): (_, Vec<bf16>) = (x.len() / m, x.iter().map(|v| bf16::from_f32(*v)).collect());
         let steps = k.div_ceil(STEP);
         let (mut out, mut range) = (vec![u16::MAX; m * steps * STEP], Range::new(Smallest::BF16));
         let x = &Activations::Bf16(MatRef::new(&x, m, k).unwrap());
-        LoadBf16 { x, rows: Rows::Each, first: 0, steps, pairs: false, out: &mut out, range: &mut range }
+        LoadBf16 { x, rows: Rows::Each, first: 0, steps, pairs, out: &mut out, range: &mut range }
             .run(Cpu::detect().tier());
         (out, range)
     }
@@ -131,6 +135,22 @@ mod tests {
                 let (step, row, at) = (i / STEP / m, i / STEP % m, i % STEP);
                 let want = if step * STEP + at < k { x[row * k + step * STEP + at] } else { 0.0 };
                 assert_eq!(bf16::from_bits(*got).to_f32(), want, "{m} x {k}: {i}");
+            }
+        }
+    }
+
+    /// The high half of a word comes first in its chain, and chains take turns.
+    #[test]
+    fn rows_become_pairs() {
+        for k in [1, 31, 32, 70, 128] {
+            let x: Vec<f32> = (0..k).map(|i| (i % 200) as f32 - 20.0).collect();
+            let (words, seen) = load_as(&x, 1, true);
+            assert_eq!(seen, load(&x, 1).1);
+            let at = |i: usize| x.get(i).copied().unwrap_or(0.0);
+            for (i, halves) in words.as_chunks::<2>().0.iter().enumerate() {
+                let first = 4 * (i / 2) + i % 2;
+                let [low, high] = halves.map(|half| bf16::from_bits(half).to_f32());
+                assert_eq!([high, low], [at(first), at(first + 2)], "k {k}, word {i}");
             }
         }
     }

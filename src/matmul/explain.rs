@@ -72,6 +72,12 @@ impl Cpu<'_> {
         if isa == Isa::Amx && plan.amx.is_none() {
             text.push_str("Scales that change inside a group of 128 k are not for tiles: what avx512 takes, with the same bits:\n");
         }
+        if plan.pairs.is_some() {
+            text.push_str(
+                "bf16 and quantized activations: pairs of bf16 along k, two multiply-adds an instruction. f32 and f16 activations, which \
+                 bf16 does not hold, and numbers for which pairs are not proved exact take what avx512 takes, with the same bits.\n",
+            );
+        }
         if plan.rows <= plan.decode_rows {
             let power = with_coding!(scheme, |coding| super::coding::Coding::power(coding));
             text.push_str(&format!(
@@ -82,7 +88,8 @@ impl Cpu<'_> {
             ));
             if power != 0 {
                 text.push_str(&format!(
-                    "x is multiplied by 2^{power} while it is loaded, which decoding leaves out.\n"
+                    "x{} is multiplied by 2^{power} while it is loaded, which decoding leaves out.\n",
+                    if plan.pairs.is_some() { ", if not in pairs," } else { "" },
                 ));
             }
             text.push_str(
@@ -93,10 +100,11 @@ impl Cpu<'_> {
             let (rows, panels) = plan.block;
             text.push_str(&format!(
                 "Prefill kernel: {} rows at a time share each decoded weight, so arithmetic is the limit; {} k of {panels} panels \
-                 are decoded to f32 in L1, blocks of {} k keep the rows of x in L2, and {rows} rows by {} columns of sums are in \
+                 are decoded to {} in L1, blocks of {} k keep the rows of x in L2, and {rows} rows by {} columns of sums are in \
                  registers.\n",
                 plan.rows,
                 blocking.chunk_steps * 32,
+                if plan.pairs.is_some() { "pairs (else f32)" } else { "f32" },
                 blocking.k_block,
                 panels * 16,
             ));
@@ -126,7 +134,7 @@ fn why(isa: Isa) -> String {
         .filter(|other| *other > isa)
         .map(|other| match other.missing() {
             Some(missing) => format!("not {other}: {missing}"),
-            None => format!("not {other}: another tier was asked for"),
+            None => format!("not {other}: {}", other.declined().unwrap_or("another tier was asked for")),
         })
         .collect();
     if better.is_empty() { "the best tier there is".into() } else { better.join("; ") }

@@ -1,4 +1,4 @@
-//! Many rows of x, or numbers that the decode kernel's shortcuts do not cover: a few panels are decoded to f32 in the cache and
+//! Many rows of x, or numbers that the decode kernel's shortcuts do not cover: a few panels are decoded to f32, or to pairs of bf16, in the cache and
 //! multiplied by all rows, in blocks that fill the registers.
 #![forbid(unsafe_code)]
 

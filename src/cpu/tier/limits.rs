@@ -88,6 +88,16 @@ impl Loop {
         Err("this CPU lacks AVX-512F")
     }
 
+    /// Pairs of bf16 by 512-bit registers.
+    pub(crate) fn avx512_bf16() -> Result<Loop, &'static str> {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("avx512bf16") {
+            // SAFETY: AVX-512F and AVX-512 BF16 were just detected.
+            return Ok(Loop { run: |turns| unsafe { pairs_avx512(turns) }, flops: 24 * 16 * 4 });
+        }
+        Err("this CPU lacks AVX-512 BF16")
+    }
+
     /// bf16 by AMX tiles, registers only.
     pub(crate) fn amx() -> Result<Loop, &'static str> {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -123,6 +133,21 @@ fn fma_avx512(turns: usize) -> f32 {
     let mut chains = black_box([_mm512_setzero_ps(); 24]);
     for _ in 0..turns {
         chains.iter_mut().for_each(|c| *c = _mm512_fmadd_ps(a, b, *c));
+    }
+    chains.iter().map(|c| _mm512_reduce_add_ps(*c)).sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pairs_avx512(turns: usize) -> f32 {
+    use std::arch::x86_64::{
+        _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_setzero_ps,
+    };
+    let pairs = |x: f32| _mm512_cvtne2ps_pbh(black_box(_mm512_set1_ps(x)), _mm512_set1_ps(x));
+    let (a, b) = (pairs(1.0), pairs(0.5));
+    let mut chains = black_box([_mm512_setzero_ps(); 24]);
+    for _ in 0..turns {
+        chains.iter_mut().for_each(|c| *c = _mm512_dpbf16_ps(*c, a, b));
     }
     chains.iter().map(|c| _mm512_reduce_add_ps(*c)).sum()
 }
@@ -240,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_loop_does_the_operations_that_it_counts() {
-        for work in [Loop::avx2(), Loop::avx512()].into_iter().flatten() {
+        for work in [Loop::avx2(), Loop::avx512(), Loop::avx512_bf16()].into_iter().flatten() {
             // A multiply-add is two operations and adds a half.
             for turns in [0, 1, 1000] {
                 assert_eq!(work.run(turns), (work.flops * turns) as f32 / 4.0);

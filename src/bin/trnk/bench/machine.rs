@@ -51,6 +51,7 @@ pub(crate) fn peak(tier: Isa, acts: Acts) -> Option<Peak> {
     let within = |peak: &Peak| match peak {
         Peak::Avx2F32 => true,
         Peak::Avx512F32 => tier != Isa::Avx2,
+        Peak::Avx512Bf16 => tier == Isa::Avx512Bf16 && acts == Acts::Bf16,
         _ => tier == Isa::Amx && acts == Acts::Bf16,
     };
     Peak::ALL.into_iter().rev().filter(|peak| peak.missing().is_none()).find(within)
