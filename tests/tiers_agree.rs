@@ -268,6 +268,9 @@ fn the_ends_of_the_range() {
             (60..=110, 140..=200),
             (-4..=4, 0..=254),
             (100..=125, 0..=40),
+            // Sums of sixteen products just within f32's range, and just beyond.
+            (20..=21, 214..=221),
+            (22..=24, 221..=226),
             // Subnormals in x, and weights so large that no sum is one.
             (-133..=-120, 150..=180),
         ] {

@@ -83,7 +83,14 @@ fn a_table_a_record_and_a_roofline() {
         let (seconds, rate): (f64, f64) = (words[4].parse().unwrap(), words[8].parse().unwrap());
         assert!(seconds > 0.0 && rate >= 0.0 && words[11] == "1", "{row}");
     }
-    for line in ["read: ", "AVX2 FMA f32: ", "AVX-512 FMA f32: ", "AMX bf16: ", "share of the nearer limit"] {
+    for line in [
+        "read: ",
+        "AVX2 FMA f32: ",
+        "AVX-512 FMA f32: ",
+        "AVX-512 bf16 pairs: ",
+        "AMX bf16: ",
+        "share of the nearer limit",
+    ] {
         assert!(text.contains(&format!("\n{line}")), "{line}: {text}");
     }
     assert!(text.contains(", 2 threads, tier "), "{text}");

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-/// Instruction sets the kernels are compiled for, each better than the one before. Bits of results are the same on all.
+/// Instruction sets the kernels are compiled for, each with more than the one before. Bits of results are the same on all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Isa {
@@ -20,9 +20,9 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL: 512-bit registers.
     Avx512,
-    /// x86-64 with AVX-512 BF16 and VBMI beside. Matmul of operands that bf16 holds multiplies them in pairs, two multiply-adds an
-    /// instruction (docs/numerics.md, section 2), everything else takes what [`Isa::Avx512`] takes. Not taken unasked on CPUs that are
-    /// not AMD's: Intel's with AMX do it at half the speed of FMA.
+    /// x86-64 with AVX-512 BF16 and VBMI beside. Matmul of operands that bf16 holds multiplies them in pairs, two multiply-adds a lane and
+    /// instruction (docs/numerics.md, section 2), everything else takes what [`Isa::Avx512`] takes. Taken unasked on AMD's CPUs alone: on an
+    /// Intel CPU with AMX the instruction was slower than FMA.
     Avx512Bf16,
     /// x86-64 with AMX tiles and BF16, AVX-512 VBMI and VBMI2 beside, on Linux, which must grant the tiles to the process: asked once. Matmul
     /// of operands that bf16 holds takes tiles, everything else what [`Isa::Avx512`] takes.
@@ -58,13 +58,13 @@ impl Isa {
     /// The fastest that this machine itself runs.
     pub fn best() -> Isa {
         let own =
-            |isa: &Isa| isa.available() && isa.declined().is_none() && (*isa != Isa::Amx || tiles_granted().is_ok());
+            |isa: &Isa| isa.declined().is_none() && isa.available() && (*isa != Isa::Amx || tiles_granted().is_ok());
         Isa::ALL.into_iter().rev().find(own).unwrap_or(Isa::Portable)
     }
 
     /// Why [`Isa::best`] does not take it although it is available.
     pub(crate) fn declined(self) -> Option<&'static str> {
-        // facts: an Intel CPU with AMX 0.16 TFLOP/s by VDPBF16PS, 0.27 by FMA; measured on Zen 5: 1.9 times FMA.
+        // An Intel CPU with AMX: 0.16 TFLOP/s by VDPBF16PS, 0.27 by FMA as measured with probes. Zen 5: 1.9 times FMA (docs/performance.md).
         (self == Isa::Avx512Bf16 && !amd()).then_some("on CPUs that are not AMD's its products may be slower than FMA")
     }
 

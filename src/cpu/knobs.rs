@@ -1,11 +1,12 @@
-//! Every environment variable the crate's CPU path reads and every constant that matmul's loops are tuned by: type, default, reason. Two
-//! stand elsewhere: how many panels a code's decoding has registers for (`matmul/coding.rs`), and a literal in assembly
-//! (`tier/amx/many.rs` asks for x two steps, 2 KiB, ahead of the products, which take 128 cycles).
+//! Every environment variable the crate's CPU path reads and every constant that matmul's loops are tuned by: type, default, reason. Three
+//! stand elsewhere: how many panels a code's decoding has registers for (`matmul/coding.rs`), with how many rows its loop is written
+//! out (`matmul/terms.rs`), and a literal in assembly (`tier/amx/many.rs` asks for x two steps, 2 KiB, ahead of the products, which take
+//! 128 cycles).
 #![forbid(unsafe_code)]
 
 use super::isa::Caches;
 
-/// `TRN_KERNELS_ISA`: `portable`, `avx2`, `avx512`, `avx512bf16` or `amx`; not set by default. Caps the tier that [`Cpu::detect`] takes, to
+/// `TRN_KERNELS_ISA`: `portable`, `avx2`, `avx512`, `avx512bf16` or `amx`; not set by default. Chooses the tier that [`Cpu::detect`] takes, to
 /// compare or measure tiers. Read once in a process.
 ///
 /// [`Cpu::detect`]: super::Cpu::detect
@@ -26,8 +27,8 @@ pub struct Blocking {
     /// Bytes ahead of the decode kernel's loads that it prefetches in each stream. Default 2048: with 8 streams 16 KiB are in
     /// flight, more than latency times bandwidth of a core and less than half of L1.
     pub prefetch: usize,
-    /// Steps of 32 k decoded at a time for the prefill kernel. Default 4: 128 k of 3 panels are 24 KiB of f32, half of a 48 KiB
-    /// L1, the rest is for rows of x; 2 where L1 is smaller.
+    /// Steps of 32 k decoded at a time for the prefill kernel. Default 4: 128 k of 3 panels are 24 KiB of f32 (12 of pairs), half of a 48
+    /// KiB L1, the rest is for rows of x; 2 where L1 is smaller.
     pub chunk_steps: usize,
     /// k that the prefill kernel takes through all panels of a task before it goes on. Default: so many that a block of rows of
     /// x, in f32, fills half of L2, at least one chunk. A scale tile is never cut.
@@ -139,6 +140,17 @@ pub(crate) const AVX512: Registers =
 /// Pairs of bf16: the same block. Half as many products need fewer chains, and their decoding more registers: two panels in step, one with
 /// four rows or more.
 pub(crate) const AVX512_BF16: Registers = Registers { decode_panels: [2, 2, 2, 1, 1, 1, 1, 1], ..AVX512 };
+
+// Plans are made before it is known whether a block of rows takes pairs.
+const _: () = assert!(
+    AVX512_BF16.block.0 == AVX512.block.0
+        && AVX512_BF16.block.1 == AVX512.block.1
+        && AVX512_BF16.decode_rows == AVX512.decode_rows
+);
+
+/// Most panels walked in step where pairs of bf16 are multiplied, on AMD's CPUs: with 4 in place of 8, two of them decoded side by side, FP8
+/// took 0.85 of the time with one row, bf16 0.85 with four, MXFP4 the same (Zen 5).
+pub(crate) const PAIR_STREAMS: usize = 4;
 
 /// Most rows that the decode kernel multiplies while their sums are in registers: with two chains and a panel they are 16.
 pub(crate) const DECODE_ROWS_AT_ONCE: usize = 8;

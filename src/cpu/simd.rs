@@ -115,9 +115,10 @@ pub(crate) trait Simd: Copy {
 ///
 /// Decoded weights come as two times two registers: of pairs (0, 2) and (1, 3), then of the others; in each sixteen bytes of a register
 /// an even and an odd chain of two columns, columns 0, 1, 4, 5, ... in the first, 2, 3, 6, 7, ... in the second.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) trait Pairs: Simd {
-    /// `a.low * b.low + (a.high * b.high + c)`, each sum rounded once. No element, product or sum is subnormal, infinite or NaN: with
-    /// others it may be anything.
+    /// `a.low * b.low + (a.high * b.high + c)`, each sum rounded once, subnormal elements being zeros. No product or sum is subnormal, and
+    /// nothing infinite or NaN: with others it may be anything.
     fn fma_pairs(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Two words in turn.
     fn splat_two(self, words: &[f32; 2]) -> Self::V;

@@ -1,8 +1,8 @@
 //! The AMX path: rows of x as tiles of bf16, and which loop of `cpu::tier::amx` a task takes.
 #![forbid(unsafe_code)]
 
-use super::bf16::pitch;
 use super::layout::{GROUP, PackedLayout};
+use super::load::pitch;
 use super::packed::Facts;
 use super::tiles::{AddScaled, Tiles};
 use crate::cpu::amx::{Coded, Decoded, FewRows, ManyRows, PANELS, Scaled, Steps, TILE, TileCode};
@@ -72,7 +72,7 @@ pub(super) struct Amx<'a> {
     /// Packed bytes from the first panel on, and its index.
     pub(super) data: &'a [u8],
     pub(super) first_panel: usize,
-    /// Tiles of 16 rows, [`pitch`] steps apart, the last one perhaps shorter, as [`LoadBf16`] makes them.
+    /// Tiles of 16 rows, [`pitch`] steps apart, the last one perhaps shorter, as [`LoadBf16`](super::load::LoadBf16) makes them.
     pub(super) x: &'a [u16],
     pub(super) rows: usize,
     pub(super) tiles: Option<Tiles<'a>>,

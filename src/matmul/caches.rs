@@ -2,7 +2,7 @@
 //! docs/performance.md section 6 says of caches is computed here.
 #![forbid(unsafe_code)]
 
-use super::bf16::pitch;
+use super::load::pitch;
 use crate::cpu::{Blocking, Caches, LINE};
 
 /// Sets of lines, each in order of use.

@@ -1,4 +1,4 @@
-//! How the lines of a packed step become sixteen lanes of f32, for each kind of code.
+//! How the lines of a packed step become sixteen lanes of f32, or of pairs of bf16, for each kind of code.
 #![forbid(unsafe_code)]
 
 use crate::cpu::{FP4_HEADROOM, Fp8Bits, LANES, LINE, Pairs, STEP, Simd};

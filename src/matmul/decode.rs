@@ -5,7 +5,7 @@
 
 use super::coding::Coding;
 use super::layout::{GROUP, PackedLayout};
-use super::terms::{Decoded, PAIRS, Paired, SINGLES, Single};
+use super::terms::{PAIRS, Paired, Reading, SINGLES, Single};
 use super::tiles::Tiles;
 use crate::cpu::knobs::DECODE_ROWS_AT_ONCE;
 use crate::cpu::{Kernel, LANES, LINE, PairKernel, Pairs, Simd};
@@ -47,7 +47,8 @@ impl<C: Coding> PairKernel for Decode<'_, C> {
 impl<C: Coding> Decode<'_, C> {
     /// With T words of x in a step.
     #[inline(always)]
-    fn run_as<S: Simd, A: Decoded<S, C>, const T: usize>(self, s: S) {
+    fn run_as<S: Simd, A: Reading<S, C>, const T: usize>(self, s: S) {
+        const { assert!(T == A::UNITS * A::WORDS) };
         let Decode { coding, layout, data, first_panel, x, stride, rows, tiles, streams, prefetch, sums, part } = self;
         let (panel_bytes, steps) = (layout.panel_bytes(), layout.steps());
         for (set, sums) in sums.chunks_mut(streams * rows).enumerate() {
@@ -111,7 +112,7 @@ struct Piece<'a, C> {
 impl<C: Coding> Piece<'_, C> {
     /// `sums[p][r] += x[r] . panel (panel + p)`.
     #[inline(always)]
-    fn run<S: Simd, A: Decoded<S, C>, const T: usize>(self, s: S, panel: usize, sums: &mut [[f32; LANES]]) {
+    fn run<S: Simd, A: Reading<S, C>, const T: usize>(self, s: S, panel: usize, sums: &mut [[f32; LANES]]) {
         // Groups of rows as equal as can be: their number is how often codes are decoded.
         let most = const {
             if S::REGISTERS.decode_rows < DECODE_ROWS_AT_ONCE { S::REGISTERS.decode_rows } else { DECODE_ROWS_AT_ONCE }
@@ -132,7 +133,7 @@ impl<C: Coding> Piece<'_, C> {
     }
 
     #[inline(always)]
-    fn panels<S: Simd, A: Decoded<S, C>, const T: usize, const R: usize>(
+    fn panels<S: Simd, A: Reading<S, C>, const T: usize, const R: usize>(
         self,
         s: S,
         panel: usize,
@@ -157,7 +158,7 @@ impl<C: Coding> Piece<'_, C> {
 
     /// R rows by P panels, in the canonical order.
     #[inline(always)]
-    fn steps<S: Simd, A: Decoded<S, C>, const T: usize, const R: usize, const P: usize>(
+    fn steps<S: Simd, A: Reading<S, C>, const T: usize, const R: usize, const P: usize>(
         self,
         s: S,
         panel: usize,
@@ -199,19 +200,19 @@ impl<C: Coding> Piece<'_, C> {
                 let (now, after) = x[r].split_at(1);
                 (rows[r], x[r]) = (&now[0], after);
             }
-            // Even and odd k together if there are registers for both.
-            let [even, odd] = if const { 2 * R * P <= S::REGISTERS.chains } {
+            // Both chains together if there are registers for them.
+            let [first, second] = if const { 2 * R * P <= S::REGISTERS.chains } {
                 chains::<S, C, A, T, R, P, 0, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next)
             } else {
-                let [even, _] =
+                let [first, _] =
                     chains::<S, C, A, T, R, P, 0, 1>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
-                let [_, odd] =
+                let [_, second] =
                     chains::<S, C, A, T, R, P, 1, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
-                [even, odd]
+                [first, second]
             };
             for p in 0..P {
                 for r in 0..R {
-                    acc[p][r] = self.coding.add(s, A::sum(s, [even[p][r], odd[p][r]]), acc[p][r], step_scales[p]);
+                    acc[p][r] = self.coding.add(s, A::sum(s, [first[p][r], second[p][r]]), acc[p][r], step_scales[p]);
                 }
             }
         }
@@ -223,12 +224,12 @@ impl<C: Coding> Piece<'_, C> {
     }
 }
 
-/// The chains of a step: even k first, then odd; those from `FROM` to `TO`, the others zero.
+/// The two chains of a step, [`Reading::unscaled`] says of what; those from `FROM` to `TO`, the other zero.
 #[inline(always)]
 fn chains<
     S: Simd,
     C: Coding,
-    A: Decoded<S, C>,
+    A: Reading<S, C>,
     const T: usize,
     const R: usize,
     const P: usize,
@@ -253,10 +254,10 @@ fn chains<
                 }
                 let values = A::unscaled(coding, s, &lines[$p][$unit * A::LINES..], $unit, scales[$p]);
                 for i in 0..A::WORDS / 2 {
-                    for odd in FROM..TO {
+                    for chain in FROM..TO {
                         for r in 0..R {
-                            let x = A::x(s, x[r], $unit * A::WORDS + 2 * i + odd);
-                            chains[odd][$p][r] = A::fma(s, x, values[2 * i + odd], chains[odd][$p][r]);
+                            let x = A::x(s, x[r], $unit * A::WORDS + 2 * i + chain);
+                            chains[chain][$p][r] = A::fma(s, x, values[2 * i + chain], chains[chain][$p][r]);
                         }
                     }
                 }

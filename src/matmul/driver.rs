@@ -2,15 +2,16 @@
 #![forbid(unsafe_code)]
 
 use super::amx;
-use super::bf16;
 use super::coding::{Coding, with_coding};
 use super::decode::Decode;
 use super::layout::PackedLayout;
+use super::load::{LoadBf16, pitch};
 use super::operand::Activations;
 use super::packed::{Facts, PackedMatrix, code_range};
 use super::prefill::Prefill;
 use super::terms::PAIRS;
 use super::tiles::Tiles;
+use crate::cpu::knobs::PAIR_STREAMS;
 use crate::cpu::{AmxToken, Bf16Token, Blocking, Cpu, LANES, LINE, Range, STEP, Smallest, flush_free, for_each};
 use crate::error::{Error, Result};
 use crate::quant::Scheme;
@@ -111,7 +112,11 @@ impl Plan {
         let amx = cpu.tier().amx().filter(|_| in_bf16 && amx::takes(tile, w.k()));
         let pairs = cpu.tier().pairs().filter(|_| in_bf16);
         let (block, decode_rows) = cpu.tier().block();
-        let (blocking, panels, threads) = (cpu.blocking(), w.panels().max(1), cpu.parallelism().threads().max(1));
+        let mut blocking = cpu.blocking();
+        if pairs.is_some() {
+            blocking.streams = blocking.streams.min(PAIR_STREAMS);
+        }
+        let (panels, threads) = (w.panels().max(1), cpu.parallelism().threads().max(1));
         let rows = blocking.rows.min(m.max(1));
         // What a kernel walks together stays together if every thread has a task all the same.
         let unit = match amx {
@@ -241,14 +246,15 @@ impl Quick {
 }
 
 impl Problem<'_> {
-    /// Loads rows of x as bf16 to the beginning of `a`, tiles or, one by one, pairs, if the weights are what bf16 holds. Their magnitudes.
+    /// Loads rows of x as bf16 to the beginning of `a`, in tiles or, one by one, in pairs, if the weights are what bf16 holds. Returns
+    /// what the magnitudes of the rows are between.
     fn load_bf16(&self, (rows, pairs): (Rows<'_>, bool), first: usize, count: usize, a: &mut [f32]) -> Option<Range> {
         let Problem { cpu, plan, x, w } = *self;
         if !amx::allows(w.facts) {
             return None;
         }
         let steps = w.layout.steps();
-        let row = bf16::pitch(steps) * STEP;
+        let row = pitch(steps) * STEP;
         let height = if pairs { 1 } else { amx::TILE_ROWS };
         let tile = height * row;
         let out = &mut cast_slice_mut::<f32, u16>(a)[..count * row];
@@ -258,7 +264,7 @@ impl Problem<'_> {
             let mut range = Range::new(Smallest::BF16);
             for (t, out) in out.chunks_mut(tile).enumerate() {
                 let first = first + (p * part + t) * height;
-                bf16::LoadBf16 { x, rows, first, steps, pairs, out, range: &mut range }.run(tier);
+                LoadBf16 { x, rows, first, steps, pairs, out, range: &mut range }.run(tier);
             }
             let mut seen = seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             *seen = seen.merge(range);
@@ -297,10 +303,10 @@ impl Plan {
     }
 }
 
-/// Whether pairs give the bits of the definition: what tiles need, and no product beyond f32's range, so that it does not matter whether
-/// products are rounded before they are added.
+/// Whether pairs give the bits of the definition: what tiles need, and that sums of 16 products stay in f32's range, so that it matters neither
+/// whether products are rounded before they are added nor what becomes of a sum between two of them.
 fn pairs_allowed(w: Facts, x: Range) -> bool {
-    amx::allowed(w, x) && x.top() + w.top <= 127
+    amx::allowed(w, x) && x.top() + w.top + 4 <= 127
 }
 
 /// A block of rows against all panels.
@@ -383,13 +389,13 @@ impl<'a> Block<'a> {
         scratch: &mut [f32],
     ) {
         let Block { problem: Problem { cpu, plan, x, w }, rows, count, amx, pairs, quick, .. } = *self;
-        let stride = if pairs.is_some() { bf16::pitch(w.layout.steps()) * PAIRS } else { stride(&w.layout) };
+        let stride = if pairs.is_some() { pitch(w.layout.steps()) * PAIRS } else { stride(&w.layout) };
         let data = w.data.get().get(first_panel * w.layout.panel_bytes()..).unwrap_or_default();
         let tiles = plan.tile.map(|k| Tiles { k, x, w, rows, first: self.first + first_row });
         let blocking = plan.blocking;
         if let Some(token) = amx {
             let (tier, layout, rows) = (cpu.tier(), w.layout, rows_here);
-            let x = &cast_slice::<f32, u16>(self.a)[first_row * bf16::pitch(layout.steps()) * STEP..];
+            let x = &cast_slice::<f32, u16>(self.a)[first_row * pitch(layout.steps()) * STEP..];
             return amx::Amx { token, tier, layout, data, first_panel, x, rows, tiles, blocking, sums, scratch }.run();
         }
         let a = &self.a[first_row * stride..];
@@ -411,10 +417,7 @@ impl<'a> Block<'a> {
                     sums,
                     part,
                 };
-                match pairs {
-                    Some(token) => token.run(decode),
-                    None => cpu.tier().run(decode),
-                }
+                cpu.tier().run_with(pairs, decode);
             } else {
                 let prefill = Prefill {
                     tier: cpu.tier(),
@@ -439,5 +442,88 @@ impl<'a> Block<'a> {
                 prefill.run();
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Isa;
+    use crate::num::Fp8;
+    use crate::quant::QuantizedMatrix;
+    use crate::view::MatRef;
+    use half::{bf16, f16};
+
+    const N: usize = 16;
+    const K: usize = 64;
+
+    /// Whether these rows and weights are multiplied in pairs, and what else is known of them.
+    fn loaded(cpu: &Cpu<'_>, x: &Activations<'_>, w: &PackedMatrix) -> (bool, Quick) {
+        let tile = tile(x.scale_tile(), w.scheme(), K).unwrap();
+        let plan = Plan::new(cpu, (tile, x.exact_in_bf16()), &w.layout, x.m(), 1);
+        let mut a = vec![0.0; x.m() * stride(&w.layout)];
+        let mut block = Block::new(Problem { cpu, plan, x, w }, Rows::Each, (0, x.m()), &mut a);
+        block.load();
+        (block.pairs.is_some(), block.quick)
+    }
+
+    /// Pairs are taken where they give the bits, up to the bounds and no further.
+    #[test]
+    fn pairs_are_taken() {
+        let Ok(cpu) = Cpu::with_isa(Isa::Avx512Bf16) else { return eprintln!("skipped: no tier avx512bf16") };
+        let taken = |x: &[f32], w: &PackedMatrix| {
+            let x: Vec<bf16> = x.iter().map(|v| bf16::from_f32(*v)).collect();
+            let (pairs, quick) = loaded(&cpu, &MatRef::new(&x, x.len() / K, K).unwrap().into(), w);
+            assert!(!pairs || quick.values && !quick.flush);
+            pairs
+        };
+        let (codes, ones) = ([0x2A; N * K * 2], [127; N * K / 16]);
+        let e = Fp8::E4M3Fn;
+        let weights = [
+            QuantizedMatrix::mxfp4(N, K, &codes[..N * K / 2], &ones[..N * K / 32]),
+            QuantizedMatrix::nvfp4(
+                N,
+                K,
+                &codes[..N * K / 2],
+                &[0x38; N * K / 16][..],
+                crate::quant::GlobalScale::multiplier(1.0),
+            ),
+            QuantizedMatrix::mxfp8(e, N, K, &codes[..N * K], &ones[..N * K / 32]),
+            QuantizedMatrix::fp8_per_tensor(e, N, K, &codes[..N * K], 1.0),
+            QuantizedMatrix::fp8_blockwise(e, N, K, &codes[..N * K], &[1.0; N * 2][..], (1, 32)),
+            QuantizedMatrix::bf16(N, K, &codes[..]),
+        ]
+        .map(|w| cpu.pack(&w.unwrap()).unwrap());
+        for w in &weights {
+            let what = w.scheme();
+            for m in [1, 20] {
+                let mut x = vec![1.5; m * K];
+                assert!(taken(&x, w), "{what:?}");
+                // Subnormals are zeros; what is no number is not for pairs.
+                for (odd, pairs) in [(1e-39, true), (0.0, true), (f32::INFINITY, false), (f32::NAN, false)] {
+                    x[m * K - 1] = odd;
+                    assert_eq!(taken(&x, w), pairs, "{what:?}, {odd}");
+                }
+            }
+            let (f, h) = (vec![1.5f32; K], vec![f16::ONE; K]);
+            assert!(!loaded(&cpu, &MatRef::new(&f, 1, K).unwrap().into(), w).0, "{what:?}, f32");
+            assert!(!loaded(&cpu, &MatRef::new(&h, 1, K).unwrap().into(), w).0, "{what:?}, f16");
+            let x = QuantizedMatrix::mxfp8(e, 1, K, &codes[..K], &ones[..K / 32]).unwrap();
+            assert!(loaded(&cpu, &(&x).into(), w).0, "{what:?}, MXFP8");
+        }
+        // Ones: multiples of 2^-7 below 2. No product may be smaller than 2^-126, no sum of 16 beyond 2^127.
+        let one = bf16::ONE.to_bits().to_le_bytes().repeat(N * K);
+        let ones = cpu.pack(&QuantizedMatrix::bf16(N, K, &one).unwrap()).unwrap();
+        for (exponent, pairs) in [(-112, true), (-113, false), (121, true), (122, false)] {
+            assert_eq!(taken(&[f32::from_bits(((exponent + 127) as u32) << 23); K], &ones), pairs, "2^{exponent}");
+        }
+        // One weight that is no number, or one that left bf16's range.
+        let mut nan = one.clone();
+        nan[..2].copy_from_slice(&bf16::NAN.to_le_bytes());
+        let nan = cpu.pack(&QuantizedMatrix::bf16(N, K, &nan).unwrap()).unwrap();
+        let inexact = QuantizedMatrix::mxfp4(N, K, &codes[..N * K / 2], &[0; N * K / 32][..]).unwrap();
+        for w in [nan, cpu.pack(&inexact).unwrap()] {
+            assert!(!taken(&[1.0; K], &w), "{:?}", w.scheme());
+        }
     }
 }

@@ -74,7 +74,7 @@ impl Cpu<'_> {
         }
         if plan.pairs.is_some() {
             text.push_str(
-                "bf16 and quantized activations: pairs of bf16 along k, two multiply-adds an instruction. f32 and f16 activations, which \
+                "bf16 and quantized activations: pairs of bf16 along k, two multiply-adds a lane and instruction. f32 and f16 activations, which \
                  bf16 does not hold, and numbers for which pairs are not proved exact take what avx512 takes, with the same bits.\n",
             );
         }

@@ -23,7 +23,7 @@ pub(super) const GROUP: usize = 4;
 /// | bf16 | 2 k | word l: k0 in the low half, k1 in the high half; subnormals are zero |
 ///
 /// So even and odd k, which the canonical sum keeps apart, come from one register by one shift, as f32 and as the bf16 pairs that
-/// AMX takes. Rows past n and columns past k are zero; a block of zeros has scale 1. Everything begins at a multiple of 64 bytes.
+/// AMX takes; two such registers unpacked are the pairs of k and k + 2 that AVX-512 BF16 takes. Rows past n and columns past k are zero; a block of zeros has scale 1. Everything begins at a multiple of 64 bytes.
 /// f32 scales lie beside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackedLayout {

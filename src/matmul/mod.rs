@@ -6,7 +6,6 @@
 
 mod amx;
 mod batch;
-mod bf16;
 #[cfg(test)]
 mod caches;
 mod check;
@@ -21,6 +20,7 @@ mod explain;
 mod facts;
 mod file;
 mod layout;
+mod load;
 mod operand;
 pub mod oracle;
 mod pack;

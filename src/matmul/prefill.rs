@@ -1,10 +1,10 @@
-//! Many rows of x, or numbers that the decode kernel's shortcuts do not cover: a few panels are decoded to f32, or to pairs of bf16, in the cache and
-//! multiplied by all rows, in blocks that fill the registers.
+//! Many rows of x, or numbers that the decode kernel's shortcuts do not cover: a few panels are decoded to f32, or to pairs of bf16, in
+//! the cache and multiplied by all rows, in blocks that fill the registers.
 #![forbid(unsafe_code)]
 
 use super::coding::{Coding, decode_any};
 use super::layout::PackedLayout;
-use super::terms::{self, PAIRS, Paired, SINGLES, Single, Terms};
+use super::terms::{PAIRS, Paired, Reading, SINGLES, Single, Terms};
 use super::tiles::Tiles;
 use crate::cpu::{Bf16Token, Kernel, LANES, LINE, PairKernel, Pairs, STEP, Simd, Tier, flushed};
 use std::ops::Range;
@@ -43,6 +43,10 @@ pub(super) struct Prefill<'a, C> {
 
 impl<C: Coding> Prefill<'_, C> {
     pub(super) fn run(mut self) {
+        debug_assert!(
+            self.pairs.is_none() || self.coding.is_some() && !self.flush,
+            "pairs of what they do not give the bits of"
+        );
         let (steps, panels) = (self.layout.steps(), self.sums.len() / self.rows);
         self.sums.fill([0.0; LANES]);
         let mut start = 0;
@@ -76,10 +80,7 @@ impl<C: Coding> Prefill<'_, C> {
             match self.coding {
                 Some(coding) => {
                     let decode = Decoded { coding, layout, data, panels, step, prefetch: self.prefetch, out: decoded };
-                    match self.pairs {
-                        Some(token) => token.run(decode),
-                        None => tier.run(decode),
-                    }
+                    tier.run_with(self.pairs, decode);
                 }
                 None => tier.run(DecodedAny { layout, data, panels, step, out: decoded }),
             }
@@ -93,10 +94,7 @@ impl<C: Coding> Prefill<'_, C> {
                 part: &mut self.part[..panels * rows],
             });
             let multiply = Multiply { x, stride, rows, decoded, panels, flush, tile, sums };
-            match self.pairs {
-                Some(token) => token.run(multiply),
-                None => tier.run(multiply),
-            }
+            tier.run_with(self.pairs, multiply);
             step = end;
         }
     }
@@ -129,7 +127,7 @@ impl<C: Coding> PairKernel for Decoded<'_, C> {
 
 impl<C: Coding> Decoded<'_, C> {
     #[inline(always)]
-    fn run_as<S: Simd, A: terms::Decoded<S, C>>(self, s: S) {
+    fn run_as<S: Simd, A: Reading<S, C>>(self, s: S) {
         let Decoded { coding, layout, data, panels, .. } = self;
         for p in 0..panels {
             let panel = &data[p * layout.panel_bytes()..];
@@ -236,7 +234,11 @@ impl Multiply<'_> {
 
     #[inline(always)]
     fn panels<S: Simd, A: Terms<S>, const T: usize, const P: usize>(&mut self, s: S) {
-        if self.flush { self.all_rows::<S, A, T, P, true>(s) } else { self.all_rows::<S, A, T, P, false>(s) }
+        if const { A::FLUSHES } && self.flush {
+            self.all_rows::<S, A, T, P, true>(s)
+        } else {
+            self.all_rows::<S, A, T, P, false>(s)
+        }
     }
 
     #[inline(always)]

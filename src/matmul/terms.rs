@@ -10,25 +10,28 @@ pub(super) const PAIRS: usize = STEP / 2;
 
 /// How words of both operands are multiplied.
 pub(super) trait Terms<S: Simd> {
+    /// Whether every sum can be looked at.
+    const FLUSHES: bool;
+
     /// The chain `acc` after these words.
     fn fma(s: S, x: S::V, w: S::V, acc: S::V) -> S::V;
 }
 
 /// How lines of packed codes become such words.
-pub(super) trait Decoded<S: Simd, C: Coding>: Terms<S> {
+pub(super) trait Reading<S: Simd, C: Coding>: Terms<S> {
     /// Lines that are decoded together, how many words they are, and how often they make a step.
     const LINES: usize;
     const WORDS: usize;
     const UNITS: usize;
-    /// Most rows with which four of them are written out: what they share is prepared once, but a compiler that orders the products itself
+    /// Most rows with which four units are written out: what they share is prepared once, but a compiler that orders the products itself
     /// may run out of registers.
     const UNROLLED_ROWS: usize;
 
-    /// Words of the `i`-th lines of a step, the first [`Decoded::WORDS`], but for what [`Coding::add`] does: of two chains in turn, each
-    /// multiplied by [`Decoded::x`] of the same index.
+    /// Words of the `i`-th lines of a step, the first [`Reading::WORDS`], but for what [`Coding::add`] does: of two chains in turn, each
+    /// multiplied by [`Reading::x`] of the same index.
     fn unscaled(coding: C, s: S, lines: &[[u8; LINE]], i: usize, scales: &[[u8; LANES]]) -> [S::V; MAX_K];
 
-    /// The word of x, of those of a step, that a word of [`Decoded::unscaled`] is multiplied by.
+    /// The word of x, of those of a step, that a word of [`Reading::unscaled`] is multiplied by.
     fn x<const T: usize>(s: S, words: &[f32; T], i: usize) -> S::V;
 
     /// The sum of the even and the odd chain, from the two chains.
@@ -42,17 +45,19 @@ pub(super) trait Decoded<S: Simd, C: Coding>: Terms<S> {
 pub(super) struct Single;
 
 impl<S: Simd> Terms<S> for Single {
+    const FLUSHES: bool = true;
+
     #[inline(always)]
     fn fma(s: S, x: S::V, w: S::V, acc: S::V) -> S::V {
         s.fma(x, w, acc)
     }
 }
 
-impl<S: Simd, C: Coding> Decoded<S, C> for Single {
+impl<S: Simd, C: Coding> Reading<S, C> for Single {
     const LINES: usize = 1;
     const WORDS: usize = C::K;
     const UNITS: usize = C::LINES;
-    // NVFP4 shares more.
+    // Two scales: NVFP4, whose units share more.
     const UNROLLED_ROWS: usize = if C::SCALES == 2 { 8 } else { 7 };
 
     #[inline(always)]
@@ -80,13 +85,16 @@ impl<S: Simd, C: Coding> Decoded<S, C> for Single {
 pub(super) struct Paired;
 
 impl<S: Pairs> Terms<S> for Paired {
+    // The one between the two links of a pair is not seen.
+    const FLUSHES: bool = false;
+
     #[inline(always)]
     fn fma(s: S, x: S::V, w: S::V, acc: S::V) -> S::V {
         s.fma_pairs(x, w, acc)
     }
 }
 
-impl<S: Pairs, C: Coding> Decoded<S, C> for Paired {
+impl<S: Pairs, C: Coding> Reading<S, C> for Paired {
     const LINES: usize = C::LINES / 4;
     const WORDS: usize = 4;
     const UNITS: usize = 4;

@@ -3,9 +3,9 @@
 
 use super::PairKernel;
 use super::avx512::Avx512;
+use super::fp4::{self, FP4_UP, NV_NORMAL, Words};
 use crate::cpu::isa::Bf16Token;
 use crate::cpu::simd::{Fp8Bits, LANES, LINE, Pairs, Simd};
-use crate::num::{F4E2M1x2, Fp8};
 use std::arch::x86_64::*;
 
 /// Compiles a kernel for AVX-512 with BF16 and VBMI.
@@ -14,71 +14,26 @@ pub(super) fn run(token: Bf16Token, kernel: impl PairKernel) {
     kernel.run(Avx512::<true>::of(token));
 }
 
-/// One intrinsic that reads and writes registers only.
+/// Intrinsics that read and write registers only.
 macro_rules! op {
     ($e:expr) => {
-        // SAFETY: the intrinsic touches no memory, and its feature is one of those that `Bf16Token` proves: `self` was made of one.
+        // SAFETY: no intrinsic here touches memory, and its feature is one of those that `Bf16Token` proves: `self` was made of one.
         unsafe { $e }
     };
 }
 
 /// A constant of a register.
 #[repr(align(64))]
-struct Line([u8; LINE]);
+struct Constant<T>(T);
 
-/// bf16 of the E2M1 codes; twice, because five bits of an index count.
-static FP4: Line = fp4(0, false);
-
-/// Exponent of 2 by which magnitudes are too large before a scale is subtracted.
-const FP4_UP: u16 = 125;
-/// [`FP4`] so much too large; zeros are all zero bits, from which nothing is subtracted.
-static FP4_RAISED: Line = fp4(FP4_UP << 7, false);
-
-/// NVFP4: bf16 bits that stand for 1.0 before the subtraction. Scales times 1.5 stay below, twice them fit 15 bits.
-const NV_ONE: u16 = 0x7000;
-/// Powers of two of the E2M1 codes, [`NV_ONE`] being 1.0; bit 0 where the mantissa is 1.5.
-static FP4_POWERS: Line = fp4(NV_ONE - 0x3F80, true);
-
-/// What is to be subtracted for mantissa 1.5 more than for 1, by the mantissa of a normal scale; and, where the scale is zero or subnormal,
-/// what is to be subtracted for mantissa 1 and for 1.5, by code. Four times: five bits of an index count.
-static NV_SCALES: [Line; 3] = {
-    let (mut lines, mut i) = ([[0; LINE]; 3], 0);
-    while i < LINE / 2 {
-        let (below, normal) = (nv_down(i % 8), nv_down(8 + i % 8));
-        [lines[0][2 * i], lines[0][2 * i + 1]] = normal[1].wrapping_sub(normal[0]).to_le_bytes();
-        [lines[1][2 * i], lines[1][2 * i + 1]] = below[0].to_le_bytes();
-        [lines[2][2 * i], lines[2][2 * i + 1]] = below[1].to_le_bytes();
-        i += 1;
-    }
-    [Line(lines[0]), Line(lines[1]), Line(lines[2])]
-};
-
-/// [`NV_ONE`], or a bit more, less the bf16 of an E4M3FN scale or of 1.5 times it; all ones, more than there is, for a scale of 0.
-const fn nv_down(code: usize) -> [u16; 2] {
-    let scale = Fp8::E4M3Fn.values()[code];
-    if scale == 0.0 {
-        return [u16::MAX; 2];
-    }
-    [NV_ONE - (scale.to_bits() >> 16) as u16, NV_ONE + 1 - ((1.5 * scale).to_bits() >> 16) as u16]
-}
-
-const fn fp4(up: u16, powers: bool) -> Line {
-    let (mut line, mut i) = ([0; LINE], 0);
-    while i < LINE / 2 {
-        let bits = (F4E2M1x2::VALUES[i % 16].to_bits() >> 16) as u16;
-        if bits & 0x7FFF != 0 {
-            // E2M1 has one bit of mantissa, bit 6 of a bf16.
-            let word = up + if powers { bits & 0xFF80 | bits >> 6 & 1 } else { bits };
-            [line[2 * i], line[2 * i + 1]] = word.to_le_bytes();
-        }
-        i += 1;
-    }
-    Line(line)
-}
+static FP4: Constant<Words> = Constant(fp4::values(0));
+static FP4_RAISED: Constant<Words> = Constant(fp4::values(FP4_UP));
+static FP4_POWERS: Constant<Words> = Constant(fp4::powers());
+static NV_SCALES: Constant<[Words; 3]> = Constant(fp4::scales());
 
 /// Which bytes of a line of four k of FP8 codes make, unpacked with others, the pairs (0, 2) and (1, 3) of four columns: in each sixteen
 /// bytes those of two columns and of two more, words of the low and of the high half in turn.
-static FP8: Line = {
+static FP8: Constant<[u8; LINE]> = {
     let (mut line, mut i) = ([0; LINE], 0);
     while i < LINE {
         let (column, odd) = (i / 4, i / 2 % 2);
@@ -86,10 +41,11 @@ static FP8: Line = {
         line[i] = (2 * column + odd + 32 * (1 - i % 2)) as u8;
         i += 1;
     }
-    Line(line)
+    Constant(line)
 };
 
-/// VDPBF16PS. Not its intrinsic: LLVM orders many of those so that sums and broadcasts go through memory; these stay in the order of the source.
+/// VDPBF16PS. Not its intrinsic: LLVM orders many of those so that sums and broadcasts go through memory, at twice the time. These stay in the
+/// order of the source: `pure`, which would free them, is left out for that.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn dot_pairs(a: __m512, b: __m512, mut c: __m512) -> __m512 {
@@ -131,15 +87,16 @@ impl Pairs for Avx512<true> {
 
     #[inline(always)]
     fn fp4_pairs(self, line: &[u8; LINE]) -> [[__m512; 2]; 2] {
-        self.paired(self.looked_up(line, &FP4))
+        self.paired(self.looked_up(line, &FP4.0))
     }
 
     #[inline(always)]
     fn mxfp4_pairs(self, line: &[u8; LINE], scales: &[u8; LANES]) -> [[__m512; 2]; 2] {
         let up = op!(_mm512_set1_epi32(i32::from(FP4_UP) + 127));
-        let down = op!(_mm512_sub_epi32(up, self.bytes(scales)));
+        let scales = self.bytes(scales);
+        let down = op!(_mm512_sub_epi32(up, scales));
         let down = op!(_mm512_or_si512(_mm512_slli_epi32::<7>(down), _mm512_slli_epi32::<23>(down)));
-        let mut words = self.looked_up(line, &FP4_RAISED);
+        let mut words = self.looked_up(line, &FP4_RAISED.0);
         for words in &mut words {
             *words = op!(_mm512_subs_epu16(*words, down));
         }
@@ -148,8 +105,8 @@ impl Pairs for Avx512<true> {
 
     #[inline(always)]
     fn nvfp4_pairs(self, line: &[u8; LINE], scales: &[[u8; LANES]; 2], block: usize) -> [[__m512; 2]; 2] {
-        let (down, bit) = (self.nv_down(scales)[block], op!(_mm512_set1_epi16(1)));
-        let mut words = self.looked_up(line, &FP4_POWERS);
+        let (down, bit) = (self.subtracted(scales)[block], op!(_mm512_set1_epi16(1)));
+        let mut words = self.looked_up(line, &FP4_POWERS.0);
         for words in &mut words {
             let down = op!(_mm512_mask_blend_epi16(_mm512_test_epi16_mask(*words, bit), down[0], down[1]));
             *words = op!(_mm512_subs_epu16(*words, down));
@@ -165,7 +122,8 @@ impl Pairs for Avx512<true> {
         let sign = op!(_mm512_set1_epi8(i8::MIN));
         let mut pairs = [[self.splat(0.0); 2]; 2];
         for (pairs, line) in pairs.iter_mut().zip(lines) {
-            let codes = op!(_mm512_permutexvar_epi8(order, self.words(line)));
+            let line = self.words(line);
+            let codes = op!(_mm512_permutexvar_epi8(order, line));
             // The look-up reads seven bits of each index.
             let low = op!(_mm512_permutex2var_epi8(low, codes, low_more));
             let high = op!(_mm512_permutex2var_epi8(high, codes, high_more));
@@ -184,7 +142,8 @@ impl Pairs for Avx512<true> {
 
     #[inline(always)]
     fn scale_pairs(self, pairs: [[__m512; 2]; 2], scales: &[u8; LANES]) -> [[__m512; 2]; 2] {
-        let up = op!(_mm512_sub_epi32(self.bytes(scales), _mm512_set1_epi32(127)));
+        let scales = self.bytes(scales);
+        let up = op!(_mm512_sub_epi32(scales, _mm512_set1_epi32(127)));
         let up = op!(_mm512_slli_epi32::<7>(up));
         let up = op!(_mm512_mask_blend_epi16(0xAAAA_AAAA, up, _mm512_slli_epi32::<16>(up)));
         let up = op!([_mm512_unpacklo_epi32(up, up), _mm512_unpackhi_epi32(up, up)]);
@@ -203,8 +162,8 @@ impl Pairs for Avx512<true> {
 impl Avx512<true> {
     /// bf16 of the E2M1 codes of a line by a table: words of k and k + 1 (high) for each column, ascending k.
     #[inline(always)]
-    fn looked_up(self, line: &[u8; LINE], table: &Line) -> [__m512i; 4] {
-        let (words, table) = (self.words(line), self.words(&table.0));
+    fn looked_up(self, line: &[u8; LINE], table: &Words) -> [__m512i; 4] {
+        let (words, table) = (self.words(line), self.words(bytemuck::cast_ref(table)));
         // The permutation reads the low five bits of each index: no mask.
         op!([
             _mm512_permutexvar_epi16(words, table),
@@ -226,17 +185,16 @@ impl Avx512<true> {
     /// What is to be subtracted from elements of mantissa 1 and of mantissa 1.5, in both words of each column, of both blocks. Both blocks'
     /// scales are prepared at once, in words: normal ones are a subtraction away, the eight codes below come from tables.
     #[inline(always)]
-    fn nv_down(self, scales: &[[u8; LANES]; 2]) -> [[__m512i; 2]; 2] {
+    fn subtracted(self, scales: &[[u8; LANES]; 2]) -> [[__m512i; 2]; 2] {
         // Of four columns the words of one block and of the other in turn, so that unpacking makes double words of each block's.
         // SAFETY: 32 readable bytes; the load asks for no alignment. The feature: as `op`.
         let codes = unsafe { _mm256_loadu_si256(scales.as_ptr().cast()) };
         let turns = op!(_mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         let codes = op!(_mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(codes, turns)));
         let below = op!(_mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x78)));
-        // A normal scale's code is its bf16 less 0x3C00, four bits lower.
-        let of_1 = op!(_mm512_sub_epi16(_mm512_set1_epi16((NV_ONE - 0x3C00) as i16), _mm512_slli_epi16::<4>(codes)));
-        let [more, below_1, below_3] = &NV_SCALES;
-        let (more, below_1, below_3) = (self.words(&more.0), self.words(&below_1.0), self.words(&below_3.0));
+        let of_1 = op!(_mm512_sub_epi16(_mm512_set1_epi16(NV_NORMAL as i16), _mm512_slli_epi16::<4>(codes)));
+        let [more, below_1, below_3] = bytemuck::cast_ref::<_, [[u8; LINE]; 3]>(&NV_SCALES.0);
+        let (more, below_1, below_3) = (self.words(more), self.words(below_1), self.words(below_3));
         let more = op!(_mm512_add_epi16(of_1, _mm512_permutexvar_epi16(codes, more)));
         let of_1 = op!(_mm512_mask_permutexvar_epi16(of_1, below, codes, below_1));
         let of_3 = op!(_mm512_mask_permutexvar_epi16(more, below, codes, below_3));

@@ -59,7 +59,7 @@ fn prefetch(block: &Block, ahead: usize) {
     let _ = (block, ahead);
 }
 
-/// A loop of fused multiply-adds, or of tile products, that this machine was found to have. Only detection makes one.
+/// A loop of fused multiply-adds, or of products of pairs or tiles, that this machine was found to have. Only detection makes one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Loop {
     run: fn(usize) -> f32,

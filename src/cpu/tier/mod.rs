@@ -8,6 +8,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+mod fp4;
 #[cfg(feature = "limits")]
 pub(super) mod limits;
 mod pairs;

@@ -1,6 +1,8 @@
 //! The entry for kernels that multiply pairs of bf16, and the question whether a machine's product of pairs is the one they need.
 #![allow(unsafe_code)] // a call of a function compiled for detected target features, nothing else
 
+use super::{Kernel, Tier};
+use crate::cpu::flush;
 use crate::cpu::isa::Bf16Token;
 use crate::cpu::simd::{LANES, Pairs};
 
@@ -9,9 +11,19 @@ pub(crate) trait PairKernel {
     fn run<S: Pairs>(self, simd: S);
 }
 
+impl Tier {
+    /// Runs a kernel on pairs, with the right to, else as this tier runs it.
+    pub(crate) fn run_with(self, pairs: Option<Bf16Token>, kernel: impl Kernel + PairKernel) {
+        match pairs {
+            Some(token) => token.run(kernel),
+            None => self.run(kernel),
+        }
+    }
+}
+
 impl Bf16Token {
     /// Runs a kernel compiled for AVX-512 with BF16 and VBMI.
-    pub(crate) fn run(self, kernel: impl PairKernel) {
+    fn run(self, kernel: impl PairKernel) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the token exists only if all of the entry's features were detected on this CPU.
         unsafe {
@@ -24,7 +36,7 @@ impl Bf16Token {
 }
 
 /// Whether VDPBF16PS, on a machine that has it, adds the product of high halves first and that of low halves to what this gives, each sum
-/// rounded once: what [`Pairs::fma_pairs`] needs of it. The Intel SDM (VDPBF16PS, Operation) says so; other makers' CPUs are asked.
+/// rounded once: what [`Pairs::fma_pairs`] needs of it. The Intel SDM (VDPBF16PS, Operation) says so; every CPU is asked.
 pub(in crate::cpu) fn pairs_in_order(token: Bf16Token) -> bool {
     struct Asked<'a>(&'a mut bool);
     impl PairKernel for Asked<'_> {
@@ -43,22 +55,40 @@ pub(in crate::cpu) fn pairs_in_order(token: Bf16Token) -> bool {
 }
 
 /// [`pairs_in_order`] of what sums operands `[high, low, high, low, c]`: on numbers whose sums differ if they are added in another order or
-/// rounded less often.
+/// rounded less often or otherwise, if subnormal elements count or if a sum that cancels or a product of zeros is not +0.
 fn in_order(sum: impl Fn([&[f32; LANES]; 5]) -> [f32; LANES]) -> bool {
     let mut state = 1u32;
     let mut number = |bits: u32, least: u32, exponents: u32| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         f32::from_bits(state.rotate_left(11) & bits | (least + (state >> 8) % exponents) << 23)
     };
-    (0..64).all(|round| {
+    (0..96).all(|round| {
         // Products of like and of unlike magnitude, in the middle of the range and towards its ends; c has all of an f32's bits.
         let (least, exponents) = ([116, 80, 170][round % 3], [20, 3, 1][round / 3 % 3]);
         let mut operands = [[0.0; LANES]; 4];
         operands.as_flattened_mut().iter_mut().for_each(|x| *x = number(0x807F_0000, least, exponents));
-        let [high, low, other_high, other_low] = &operands;
-        let c: [f32; LANES] = std::array::from_fn(|_| number(0x807F_FFFF, 2 * least - 129, 2 * exponents + 2));
+        let [high, low, other_high, other_low] = &mut operands;
+        let mut c: [f32; LANES] = std::array::from_fn(|_| number(0x807F_FFFF, 2 * least - 129, 2 * exponents + 2));
+        for l in 0..LANES {
+            match round / 16 {
+                // Subnormals and zeros of both signs against numbers whose products with them would count.
+                3 if l % 2 == 0 => (high[l], other_high[l]) = (number(0x807F_0000, 0, 1), number(0x8000_0000, 240, 1)),
+                3 => (low[l], other_low[l]) = (number(0x8000_0000, 0, 1), number(0x807F_0000, 100, 30)),
+                // Zeros, and products that cancel.
+                4 if l % 2 == 0 => (high[l], low[l], c[l]) = (-0.0, 0.0, 0.0),
+                4 => (c[l], low[l], other_low[l]) = (0.0, -high[l], other_high[l]),
+                // A quarter and three quarters of the last place in turn, halves and what decides for them.
+                5 => {
+                    c[l] = number(0x807F_FFFF, 127, 1);
+                    (high[l], other_high[l]) = (number(0x8000_0000, 103, 1), number(0x8040_0000, 126, 3));
+                    (low[l], other_low[l]) = (number(0x8000_0000, 103, 1), number(0x8040_0000, 126, 3));
+                }
+                _ => {}
+            }
+        }
         let sums = sum([high, low, other_high, other_low, &c]);
-        let want = |l: usize| low[l].mul_add(other_low[l], high[l].mul_add(other_high[l], c[l]));
+        let product = |a: f32, b: f32, c: f32| flush(a).mul_add(flush(b), c);
+        let want = |l: usize| product(low[l], other_low[l], product(high[l], other_high[l], c[l]));
         (0..LANES).all(|l| sums[l].to_bits() == want(l).to_bits())
     })
 }
@@ -70,7 +100,7 @@ mod tests {
     use crate::num::{E8M0, F4E2M1x2, F8E4M3Fn, Fp8};
     use half::bf16;
 
-    /// Every method of [`Pairs`] against its definition, on all codes.
+    /// Every method of [`Pairs`] but its product, which [`in_order`] asks for, against its definition, on all codes.
     struct Check;
 
     /// High and low halves of each lane.
@@ -103,7 +133,7 @@ mod tests {
             for first in (0..=255u8).step_by(16) {
                 let codes = line(first);
                 same(s, s.fp4_pairs(&codes), |k, l| nibble(&codes, k, l), "E2M1");
-                for scale in 3..=252u8 {
+                for scale in 2..=252u8 {
                     let scales: [u8; LANES] = std::array::from_fn(|l| scale.saturating_add(l as u8).min(252));
                     let power = |l: usize| E8M0::from_bits(scales[l]).to_f32();
                     same(s, s.mxfp4_pairs(&codes, &scales), |k, l| nibble(&codes, k, l) * power(l), "MXFP4");
@@ -129,13 +159,16 @@ mod tests {
                 let pairs = s.fp8_pairs(&lines, Fp8Bits::of(element));
                 same(s, pairs, value, element.format().name());
                 // Scales that leave every value in bf16's normal range.
-                for scale in [40, 126, 127, 128, 200] {
-                    let scales: [u8; LANES] = std::array::from_fn(|l| scale + l as u8);
+                let format = element.format();
+                let least = format.bias() + format.mantissa_bits() as i32;
+                let (least, most) = (least as u8, (254 - format.emax()) as u8);
+                for scale in least..=most {
+                    let scales: [u8; LANES] = std::array::from_fn(|l| scale.saturating_add(l as u8).min(most));
                     let power = |l: usize| E8M0::from_bits(scales[l]).to_f32();
                     same(s, s.scale_pairs(pairs, &scales), |k, l| value(k, l) * power(l), "scaled");
                 }
             }
-            let words: [[u8; LINE]; 4] = std::array::from_fn(|i| line(1 + 77 * i as u8).map(|b| b & 0x3F));
+            let words: [[u8; LINE]; 4] = std::array::from_fn(|i| line(1 + 77 * i as u8).map(|b| b & 0xBF));
             let value = |k: usize, l: usize| {
                 let at = 4 * l + 2 * (k % 2);
                 bf16::from_le_bytes([words[k / 2][at], words[k / 2][at + 1]]).to_f32()
@@ -162,17 +195,31 @@ mod tests {
     fn the_order_is_asked_for() {
         type Sum = fn([f32; 5]) -> f32;
         let answer = |sum: Sum| in_order(|x| std::array::from_fn(|l| sum(x.map(|x| x[l]))));
-        assert!(answer(|[h, l, oh, ol, c]| l.mul_add(ol, h.mul_add(oh, c))));
-        let others: [Sum; 5] = [
+        assert!(answer(|[h, l, oh, ol, c]| flush(l).mul_add(ol, flush(h).mul_add(oh, c))));
+        let others: [Sum; 8] = [
             |[h, l, oh, ol, c]| h.mul_add(oh, l.mul_add(ol, c)),
             |[h, l, oh, ol, c]| c + l.mul_add(ol, h * oh),
             |[h, l, oh, ol, c]| (f64::from(h) * f64::from(oh) + f64::from(l) * f64::from(ol) + f64::from(c)) as f32,
-            // Without the low halves, and rounded towards zero.
+            // Without the low halves; the last sum rounded towards zero, and halves away from it.
             |[h, _, oh, _, c]| h.mul_add(oh, c),
             |[h, l, oh, ol, c]| {
+                let [h, l] = [flush(h), flush(l)];
                 let exact = f64::from(h.mul_add(oh, c)) + f64::from(l * ol);
                 let near = exact as f32;
                 if f64::from(near).abs() > exact.abs() { f32::from_bits(near.to_bits() - 1) } else { near }
+            },
+            |[h, l, oh, ol, c]| {
+                let [h, l] = [flush(h), flush(l)];
+                let exact = f64::from(h.mul_add(oh, c)) + f64::from(l * ol);
+                let (near, beyond) = (exact as f32, f32::from_bits((exact as f32).to_bits() + 1));
+                let tie = f64::from(beyond) - exact == exact - f64::from(near);
+                if tie { beyond } else { near }
+            },
+            // Subnormals count; zeros are negative.
+            |[h, l, oh, ol, c]| l.mul_add(ol, h.mul_add(oh, c)),
+            |[h, l, oh, ol, c]| {
+                let sum = flush(l).mul_add(ol, flush(h).mul_add(oh, c));
+                if sum == 0.0 { -0.0 } else { sum }
             },
         ];
         for (i, sum) in others.into_iter().enumerate() {

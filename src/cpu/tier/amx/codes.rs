@@ -11,11 +11,10 @@
 //! | zmm24 to zmm31 | [`Constants`] |
 //! | zmm16 to zmm23, k1, k2, ymm/xmm of the same | scratch |
 //!
-//! Powers of two are applied by integer subtraction, but for plain FP8: codes are first read as bf16 with an exponent field that is too large by a
-//! constant (so that 15 bits hold every magnitude), zero as all zero bits; one saturating subtraction then takes that constant and
-//! the block's scale off the exponent, and leaves zero zero.
+//! Powers of two are applied by integer subtraction (`cpu::tier::fp4`), but for plain FP8.
 
-use crate::num::{F4E2M1x2, Fp8};
+use crate::cpu::tier::fp4::{self, FP4_UP, NV_NORMAL, bf16_bits};
+use crate::num::Fp8;
 
 /// How the codes of a packed matrix are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,22 +54,12 @@ impl Coded {
     }
 }
 
-/// Exponent of 2 by which magnitudes of E2M1 codes are too large before the subtraction.
-const FP4_UP: u16 = 125;
-/// NVFP4: bf16 bits that stand for 1.0 before the subtraction. Scales times 1.5 stay below, twice them fit 15 bits.
-const NV_ONE: u16 = 0x7000;
-
 /// VPMULTISHIFTQB's offsets that move every word down by so many bits; what a word's low four bits do not need comes round.
 fn down(bits: u16) -> [u16; 32] {
     std::array::from_fn(|word| {
         let of_byte = |byte: u16| (16 * (word as u16 % 4) + 8 * byte + bits) % 64;
         of_byte(0) | of_byte(1) << 8
     })
-}
-
-/// bf16 bits of a number that bf16 holds.
-fn bf16_bits(x: f32) -> u16 {
-    (x.to_bits() >> 16) as u16
 }
 
 impl TileCode {
@@ -93,39 +82,20 @@ impl TileCode {
             TileCode::Mxfp4 => {
                 c[2] = words(u32::from(FP4_UP + 127));
                 [c[3], c[4], c[5]] = [down(4), down(8), down(12)];
-                c[7] = std::array::from_fn(|i| {
-                    let value = F4E2M1x2::VALUES[i % 16];
-                    if value == 0.0 { 0 } else { bf16_bits(value) + (FP4_UP << 7) }
-                });
+                c[7] = fp4::values(FP4_UP);
             }
             TileCode::Nvfp4 => {
                 // Words of both blocks, of four columns in turn, so that unpacking makes double words of each block's.
                 let turns = [0u32, 4, 1, 5, 2, 6, 3, 7];
                 c[0] = std::array::from_fn(|i| if i % 2 == 0 { turns[i / 2 % 8] as u16 } else { 0 });
-                // What is to be subtracted for an element of mantissa 1 and of 1.5, and the second less the first, which the three
-                // bits of a normal scale's mantissa decide.
-                let minus = |scale: f32| match scale {
-                    0.0 => [u16::MAX; 2],
-                    _ => [NV_ONE - bf16_bits(scale), NV_ONE + 1 - bf16_bits(1.5 * scale)],
-                };
-                let scales = Fp8::E4M3Fn.values();
-                c[1] = std::array::from_fn(|i| {
-                    let [of_1, of_3] = minus(scales[8 + i % 8]);
-                    of_3.wrapping_sub(of_1)
-                });
-                // A normal scale's code is its bf16 less this, four bits lower.
-                c[2] = [NV_ONE - (bf16_bits(1.0) - (0x38 << 4)); 32];
+                let [more, below_1, below_3] = fp4::scales();
+                c[1] = more;
+                c[2] = [NV_NORMAL; 32];
                 c[3] = [0x78; 32];
-                c[4] = std::array::from_fn(|i| minus(scales[i % 8])[0]);
-                c[5] = std::array::from_fn(|i| minus(scales[i % 8])[1]);
+                c[4] = below_1;
+                c[5] = below_3;
                 c[6] = [1; 32];
-                c[7] = std::array::from_fn(|i| {
-                    let value = F4E2M1x2::VALUES[i % 16];
-                    let (bits, sign) = (bf16_bits(value.abs()), bf16_bits(value) & 0x8000);
-                    // Bit 6 of the mantissa tells 1.5 from 1; it becomes bit 0, which no product needs.
-                    let power = bits & 0x7F80;
-                    if bits == 0 { 0 } else { sign | (NV_ONE + power - bf16_bits(1.0) + (bits >> 6 & 1)) }
-                });
+                c[7] = fp4::powers();
             }
             TileCode::Fp8(format) | TileCode::Mxfp8(format) => {
                 let (exponent_bits, bias) = (format.format().exponent_bits(), format.format().bias());

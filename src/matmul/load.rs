@@ -1,4 +1,4 @@
-//! Rows of x as bf16: as tiles, or in pairs.
+//! Rows of x to memory as bf16: in tiles, or in pairs.
 #![forbid(unsafe_code)]
 
 use super::driver::Rows;
