@@ -419,6 +419,7 @@ impl<'a> Block<'a> {
                 };
                 cpu.tier().run_with(pairs, decode);
             } else {
+                let elements = if pairs.is_some() { 2 } else { 1 };
                 let prefill = Prefill {
                     tier: cpu.tier(),
                     pairs,
@@ -432,8 +433,9 @@ impl<'a> Block<'a> {
                     tiles,
                     flush: quick.flush,
                     together: plan.block.1,
-                    chunk_steps: blocking.chunk_steps,
-                    k_block: blocking.k_block,
+                    // As many bytes of pairs as of f32.
+                    chunk_steps: blocking.chunk_steps * elements,
+                    k_block: blocking.k_block.saturating_mul(elements),
                     prefetch: blocking.prefetch,
                     sums,
                     part,
