@@ -85,9 +85,10 @@ impl<C: Coding> Prefill<'_, C> {
                 None => tier.run(DecodedAny { layout, data, panels, step, out: decoded }),
             }
             let (x, stride, flush) = (&self.x[step * words..], self.stride, self.flush);
+            let first_panel = self.first_panel + panel;
             let tile = self.tiles.as_ref().map(|tiles| Tile {
                 tiles,
-                panel: self.first_panel + panel,
+                of_panels: std::array::from_fn(|p| tiles.lanes(first_panel + p.min(panels - 1), tiles.start(step))),
                 start: tiles.start(step),
                 begins: tiles.begins(step),
                 ends: tiles.ends(end, layout.steps()),
@@ -190,11 +191,14 @@ struct Multiply<'a> {
     sums: &'a mut [[f32; LANES]],
 }
 
+/// No tier's register block has more panels.
+const MOST_PANELS: usize = 3;
+
 /// The scale tile that a chunk of steps lies in.
 struct Tile<'a> {
     tiles: &'a Tiles<'a>,
-    /// First panel, and first k of the tile.
-    panel: usize,
+    /// Scales of the panels, and first k of the tile.
+    of_panels: [[f32; LANES]; MOST_PANELS],
     start: usize,
     /// Whether the chunk begins and ends it.
     begins: bool,
@@ -265,7 +269,7 @@ impl Multiply<'_> {
         }
     }
 
-    /// R rows by P panels: one chain of each output at a time stays in registers, first the even k of a step, then the odd.
+    /// R rows by P panels: chains stay in registers, both of a step or one after the other.
     #[inline(always)]
     fn registers<S: Simd, A: Terms<S>, const T: usize, const R: usize, const P: usize, const FLUSH: bool>(
         &mut self,
@@ -296,8 +300,13 @@ impl Multiply<'_> {
             for r in 0..R {
                 x[r] = &x_rows[r][step];
             }
-            let even = chains::<S, A, T, R, P, 0, FLUSH>(s, &x, decoded);
-            let odd = chains::<S, A, T, R, P, 1, FLUSH>(s, &x, decoded);
+            let [even, odd] = if const { S::REGISTERS.both } {
+                chains::<S, A, T, R, P, 0, 2, FLUSH>(s, &x, decoded)
+            } else {
+                let [even, _] = chains::<S, A, T, R, P, 0, 1, FLUSH>(s, &x, decoded);
+                let [_, odd] = chains::<S, A, T, R, P, 1, 2, FLUSH>(s, &x, decoded);
+                [even, odd]
+            };
             for p in 0..P {
                 let sums = &mut sums[p * stride + at..][..R];
                 for r in 0..R {
@@ -306,32 +315,44 @@ impl Multiply<'_> {
                 }
             }
         }
-        if let Some(Tile { tiles, panel, start, part, ends: true, .. }) = &self.tile {
-            for p in 0..P {
+        if let Some(Tile { tiles, of_panels, start, part, ends: true, .. }) = &self.tile {
+            for (p, of_panel) in of_panels.iter().enumerate().take(P) {
                 let (part, sums) = (&part[p * stride + at..][..R], &mut self.sums[p * self.rows + row..][..R]);
-                tiles.add(s, (row, panel + p, *start), part, sums);
+                tiles.add(s, (row, *start), of_panel, part, sums);
             }
         }
     }
 }
 
+/// The even and the odd chain of a step; those from `FROM` to `TO`, the other zero.
 #[inline(always)]
-fn chains<S: Simd, A: Terms<S>, const T: usize, const R: usize, const P: usize, const ODD: usize, const FLUSH: bool>(
+fn chains<
+    S: Simd,
+    A: Terms<S>,
+    const T: usize,
+    const R: usize,
+    const P: usize,
+    const FROM: usize,
+    const TO: usize,
+    const FLUSH: bool,
+>(
     s: S,
     x: &[&[f32; T]; R],
     decoded: &[[[f32; LANES]; P]; T],
-) -> [[S::V; P]; R] {
-    let mut chains = [[s.splat(0.0); P]; R];
+) -> [[[S::V; P]; R]; 2] {
+    let mut chains = [[[s.splat(0.0); P]; R]; 2];
     for i in 0..T / 2 {
-        let k = 2 * i + ODD;
-        let mut w = [s.splat(0.0); P];
-        for p in 0..P {
-            w[p] = s.load(&decoded[k][p]);
-        }
-        for r in 0..R {
-            let x = s.splat(x[r][k]);
+        for odd in FROM..TO {
+            let k = 2 * i + odd;
+            let mut w = [s.splat(0.0); P];
             for p in 0..P {
-                chains[r][p] = flushed::<S, FLUSH>(s, A::fma(s, x, w[p], chains[r][p]));
+                w[p] = s.load(&decoded[k][p]);
+            }
+            for r in 0..R {
+                let x = s.splat(x[r][k]);
+                for p in 0..P {
+                    chains[odd][r][p] = flushed::<S, FLUSH>(s, A::fma(s, x, w[p], chains[odd][r][p]));
+                }
             }
         }
     }

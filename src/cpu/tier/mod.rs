@@ -121,7 +121,9 @@ impl Tier {
             #[cfg(target_arch = "x86_64")]
             Tier::Avx2(_) => of::<avx2::Avx2>(),
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512(_) | Tier::Avx512Bf16(_) | Tier::Amx(_) => of::<avx512::Avx512<false>>(),
+            Tier::Avx512(_) | Tier::Amx(_) => of::<avx512::Avx512<false>>(),
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512Bf16(_) => of::<avx512::Avx512<true>>(),
             _ => of::<Portable>(),
         }
     }
