@@ -202,12 +202,12 @@ impl<C: Coding> Piece<'_, C> {
             }
             // Both chains together if there are registers for them.
             let [first, second] = if const { 2 * R * P <= S::REGISTERS.chains } {
-                chains::<S, C, A, T, R, P, 0, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next)
+                A::chains::<T, R, P, 0, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next)
             } else {
                 let [first, _] =
-                    chains::<S, C, A, T, R, P, 0, 1>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
+                    A::chains::<T, R, P, 0, 1>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
                 let [_, second] =
-                    chains::<S, C, A, T, R, P, 1, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
+                    A::chains::<T, R, P, 1, 2>(s, self.coding, &rows, &step_lines, &step_scales, &mut next);
                 [first, second]
             };
             for p in 0..P {
@@ -222,57 +222,4 @@ impl<C: Coding> Piece<'_, C> {
             }
         }
     }
-}
-
-/// The two chains of a step, [`Reading::unscaled`] says of what; those from `FROM` to `TO`, the other zero.
-#[inline(always)]
-fn chains<
-    S: Simd,
-    C: Coding,
-    A: Reading<S, C>,
-    const T: usize,
-    const R: usize,
-    const P: usize,
-    const FROM: usize,
-    const TO: usize,
->(
-    s: S,
-    coding: C,
-    x: &[&[f32; T]; R],
-    lines: &[&[[u8; LINE]]; P],
-    scales: &[&[[u8; LANES]]; P],
-    next: &mut [*const u8; P],
-) -> [[[S::V; R]; P]; 2] {
-    let mut chains = [[[s.splat(0.0); R]; P]; 2];
-    // Written out: the chains of a loop that the compiler leaves a loop are in memory.
-    macro_rules! panels {
-        ($unit:expr, $($p:literal)*) => {$(
-            if const { $p < P } {
-                for _ in 0..const { if FROM == 0 { A::LINES } else { 0 } } {
-                    s.prefetch(next[$p]);
-                    next[$p] = next[$p].wrapping_add(LINE);
-                }
-                let values = A::unscaled(coding, s, &lines[$p][$unit * A::LINES..], $unit, scales[$p]);
-                for i in 0..A::WORDS / 2 {
-                    for chain in FROM..TO {
-                        for r in 0..R {
-                            let x = A::x(s, x[r], $unit * A::WORDS + 2 * i + chain);
-                            chains[chain][$p][r] = A::fma(s, x, values[2 * i + chain], chains[chain][$p][r]);
-                        }
-                    }
-                }
-            }
-        )*};
-    }
-    if const { A::UNITS == 4 && R <= A::UNROLLED_ROWS } {
-        panels!(0, 0 1 2 3);
-        panels!(1, 0 1 2 3);
-        panels!(2, 0 1 2 3);
-        panels!(3, 0 1 2 3);
-    } else {
-        for unit in 0..A::UNITS {
-            panels!(unit, 0 1 2 3);
-        }
-    }
-    chains
 }
