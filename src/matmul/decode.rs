@@ -80,7 +80,7 @@ impl<C: Coding> Decode<'_, C> {
                 {
                     let start = tiles.start(step);
                     for (p, (part, sums)) in part.chunks_exact(rows).zip(sums.chunks_exact_mut(rows)).enumerate() {
-                        tiles.add(s, (0, start), &tiles.lanes(first_panel + first + p, start), part, sums);
+                        tiles.add(s, (0, first_panel + first + p, start), part, sums);
                     }
                 }
                 step = end;

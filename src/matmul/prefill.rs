@@ -318,7 +318,7 @@ impl Multiply<'_> {
         if let Some(Tile { tiles, of_panels, start, part, ends: true, .. }) = &self.tile {
             for (p, of_panel) in of_panels.iter().enumerate().take(P) {
                 let (part, sums) = (&part[p * stride + at..][..R], &mut self.sums[p * self.rows + row..][..R]);
-                tiles.add(s, (row, *start), of_panel, part, sums);
+                tiles.add_times(s, (row, *start), s.load(of_panel), part, sums);
             }
         }
     }

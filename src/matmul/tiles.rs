@@ -70,18 +70,29 @@ impl Tiles<'_> {
 }
 
 impl Tiles<'_> {
-    /// `acc[i] = fma(part[i], scale of row (row + i) * of_panel, acc[i])` for the tile from k = `start` on, whose [`Tiles::lanes`] are
-    /// `of_panel`: IEEE f32, nothing flushed.
+    /// [`Tiles::add_times`] with the scales of a panel.
     #[inline(always)]
     pub(super) fn add<S: Simd>(
         &self,
         s: S,
-        (row, start): (usize, usize),
-        of_panel: &[f32; LANES],
+        (row, panel, start): (usize, usize, usize),
         part: &[[f32; LANES]],
         acc: &mut [[f32; LANES]],
     ) {
-        let of_panel = s.load(of_panel);
+        self.add_times(s, (row, start), s.load(&self.lanes(panel, start)), part, acc);
+    }
+
+    /// `acc[i] = fma(part[i], scale of row (row + i) * of_panel, acc[i])` for the tile from k = `start` on, whose [`Tiles::lanes`] are
+    /// `of_panel`: IEEE f32, nothing flushed.
+    #[inline(always)]
+    pub(super) fn add_times<S: Simd>(
+        &self,
+        s: S,
+        (row, start): (usize, usize),
+        of_panel: S::V,
+        part: &[[f32; LANES]],
+        acc: &mut [[f32; LANES]],
+    ) {
         let sums = part.iter().zip(acc);
         if self.x.scale_tile().is_none() {
             // Times one: nothing to multiply, nothing to look up.
@@ -113,7 +124,7 @@ impl Kernel for AddScaled<'_> {
     fn run<S: Simd>(self, s: S) {
         let AddScaled { tiles, panel, start, rows, part, acc } = self;
         for (p, (part, acc)) in part.chunks_exact(rows).zip(acc.chunks_exact_mut(rows)).enumerate() {
-            tiles.add(s, (0, start), &tiles.lanes(panel + p, start), part, acc);
+            tiles.add(s, (0, panel + p, start), part, acc);
         }
     }
 }
