@@ -342,7 +342,7 @@ fn chains<
 ) -> [[[S::V; P]; R]; 2] {
     let mut chains = [[[s.splat(0.0); P]; R]; 2];
     for i in 0..T / 2 {
-        for odd in FROM..TO {
+        for (odd, chains) in chains.iter_mut().enumerate().take(TO).skip(FROM) {
             let k = 2 * i + odd;
             let mut w = [s.splat(0.0); P];
             for p in 0..P {
@@ -351,7 +351,7 @@ fn chains<
             for r in 0..R {
                 let x = s.splat(x[r][k]);
                 for p in 0..P {
-                    chains[odd][r][p] = flushed::<S, FLUSH>(s, A::fma(s, x, w[p], chains[odd][r][p]));
+                    chains[r][p] = flushed::<S, FLUSH>(s, A::fma(s, x, w[p], chains[r][p]));
                 }
             }
         }
