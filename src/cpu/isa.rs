@@ -64,7 +64,7 @@ impl Isa {
 
     /// Why [`Isa::best`] does not take it although it is available.
     pub(crate) fn declined(self) -> Option<&'static str> {
-        // An Intel CPU with AMX: 0.16 TFLOP/s by VDPBF16PS, 0.27 by FMA as measured with probes. Zen 5: 1.9 times FMA (docs/performance.md).
+        // An Intel CPU with AMX: 0.16 TFLOP/s by VDPBF16PS, 0.27 by FMA as measured with probes. Zen 5: twice FMA (docs/performance.md).
         (self == Isa::Avx512Bf16 && !amd()).then_some("on CPUs that are not AMD's its products may be slower than FMA")
     }
 

@@ -98,14 +98,15 @@ impl Cpu<'_> {
             );
         } else {
             let (rows, panels) = plan.block;
+            let elements = if plan.pairs.is_some() { 2 } else { 1 };
             text.push_str(&format!(
                 "Prefill kernel: {} rows at a time share each decoded weight, so arithmetic is the limit; {} k of {panels} panels \
                  are decoded to {} in L1, blocks of {} k keep the rows of x in L2, and {rows} rows by {} columns of sums are in \
                  registers.\n",
                 plan.rows,
-                blocking.chunk_steps * 32,
-                if plan.pairs.is_some() { "pairs (else f32)" } else { "f32" },
-                blocking.k_block,
+                blocking.chunk_steps * elements * 32,
+                if plan.pairs.is_some() { "pairs (or half as many to f32)" } else { "f32" },
+                blocking.k_block.saturating_mul(elements),
                 panels * 16,
             ));
         }
