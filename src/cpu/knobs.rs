@@ -141,7 +141,7 @@ pub(crate) const AVX512: Registers =
     Registers { block: (8, 3), both: false, decode_rows: 16, decode_panels: [4, 2, 2, 2, 2, 2, 2, 2], chains: 16 };
 
 /// Pairs of bf16: half as many products are over sooner, so a block keeps both chains in its 24 registers, and what is between two steps is
-/// one load and one store of each sum (one chain after the other stores 24 sums more: 1.05 to 1.09 of the time on Zen 5, prefill). Decoding
+/// one load and one store of each sum (one chain after the other stores 24 sums more: 1.03 to 1.09 of the time on Zen 5, prefill). Decoding
 /// needs more registers and fewer chains: two panels in step, one with four rows or more.
 pub(crate) const AVX512_BF16: Registers =
     Registers { block: (4, 3), both: true, decode_panels: [2, 2, 2, 1, 1, 1, 1, 1], ..AVX512 };

@@ -78,6 +78,19 @@ mod tests {
         }
     }
 
+    /// Bf16 products are for bf16 activations on the tier that has them, and nothing is held against what its tier cannot use.
+    #[test]
+    fn a_tier_has_its_peak() {
+        if Peak::Avx512F32.missing().is_none() {
+            assert_eq!(peak(Isa::Avx512, Acts::Bf16), Some(Peak::Avx512F32));
+            assert_eq!(peak(Isa::Avx512Bf16, Acts::F32), Some(Peak::Avx512F32));
+            assert_eq!(peak(Isa::Avx2, Acts::Bf16), Some(Peak::Avx2F32));
+        }
+        if Peak::Avx512Bf16.missing().is_none() {
+            assert_eq!(peak(Isa::Avx512Bf16, Acts::Bf16), Some(Peak::Avx512Bf16));
+        }
+    }
+
     #[test]
     fn names_become_file_names() {
         assert_eq!(slug("AMD EPYC (family 26, model 2)"), "amd-epyc-family-26-model-2");
